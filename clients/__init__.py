@@ -1,0 +1,1 @@
+"""What only a site runs: the Flower ClientApp, private data, the resident trainer."""

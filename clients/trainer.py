@@ -1,0 +1,375 @@
+"""The resident trainer: what stays in memory between messages, and the work of each message.
+
+The frozen base, tokenised questions, drawn pairs and reference log-probabilities are made once per
+process and client; a round then is: load the adapter, score, k steps, read.  All methods take the
+list of clients a message names and answer for each, in that order.
+
+Test questions are read by :meth:`ResidentTrainer.score` when the server asks for ``test`` (base and
+final adapter) and by :meth:`ResidentTrainer.personal`; training rounds cannot reach them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+
+# One thread a client process: small matrices run slower on many, and sums keep their order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from clients.store import keep_personal_adapter, population
+from fedalign import wire
+from fedalign.aggregation.adapters import initial_adapter
+from fedalign.config import Config, ModelConfig, config_hash, resolve_metric
+from fedalign.data.records import BadRow, ClientData, Item, Pair, SurveyItem
+from fedalign.errors import WireError
+from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
+from fedalign.models.base import ResidentModel
+from fedalign.models.layout import Array, pack
+from fedalign.training.examples import TrainingSet, drop_unusable, training_set
+from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
+from fedalign.training.reference import ReferenceKind, reference_kind, reference_logps
+from fedalign.training.score import pair_prompts, score_pairs, score_survey
+
+log = logging.getLogger("fedalign.client")
+
+LIBRARIES = ("fedalign", "flwr", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a client trains on, made once."""
+
+    data: TrainingSet
+    reference: Array | None
+
+
+class ResidentTrainer:
+    """Serves all clients of one process for one run."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(1)
+        self.config = config
+        self.frozen_a = config.aggregation.method == "frozen-a"
+        self.model = _model(config.model, self.frozen_a)
+        self.clients, self.bad_rows = _usable_clients(self.model, config)
+        self.form = next(iter(self.clients.values())).form
+        self.metric = resolve_metric(config, self.form)
+        self.manifest = wire.Manifest(
+            layout=self.model.layout,
+            rank=config.model.rank,
+            alpha=config.model.alpha,
+            targets=tuple(self.model.targets),
+            base_revision=self.model.base_revision,
+            tokenizer_hash=self.model.tokenizer_hash,
+            frozen_a=self.frozen_a,
+        )
+        self._kind: ReferenceKind = reference_kind(self.model, config.local)
+        self._prepared: dict[str, _Prepared] = {}
+        self._pair_references: dict[tuple[str, str], Array | None] = {}
+
+    # --- messages -----------------------------------------------------------------------------
+
+    def hello(self, names: Sequence[str]) -> wire.Hello:
+        """Describe the clients this node hosts: counts, never content."""
+        hosted = [self.clients[n] for n in names]
+        return wire.Hello(
+            clients=tuple(names),
+            groups=tuple(c.group for c in hosted),
+            form=self.form,
+            train=tuple(len(c.train) for c in hosted),
+            validation=tuple(len(c.validation) for c in hosted),
+            test=tuple(len(c.test) for c in hosted),
+            size=tuple(c.size or len(c.train) for c in hosted),
+            manifest=self.manifest,
+            versions={name: _version(name) for name in LIBRARIES},
+        )
+
+    def score(
+        self, names: Sequence[str], adapter: wire.F32, splits: Sequence[str]
+    ) -> list[wire.ScoreReply]:
+        """Score one adapter for every client on every split asked for."""
+        known, unknown = self._sort_out(names)
+        self.model.load(adapter)
+        tasks = [(c, split) for c in known for split in splits]
+        found = self._scores(tasks)
+        replies = {c: dict[str, wire.Score]() for c in known}
+        for (client, split), score in found.items():
+            if score is not None:
+                replies[client][split] = score
+        return [
+            wire.ScoreReply(n, wire.UNKNOWN_CLIENT if n in unknown else wire.OK, replies.get(n, {}))
+            for n in names
+        ]
+
+    def train(
+        self, names: Sequence[str], adapter: wire.F32, round_: int
+    ) -> tuple[list[wire.TrainReply], wire.F32]:
+        """Score the received adapter on validation, then train every client from it."""
+        known, unknown = self._sort_out(names)
+        self.model.load(adapter)
+        scores = self._scores([(c, "validation") for c in known])
+        rate = round_learning_rate(self.config.local, round_, self.config.run.rounds)
+        jobs = [
+            TrainJob(
+                client=c,
+                adapter=adapter,
+                data=self._prepare(c).data,
+                reference_logps=self._prepare(c).reference,
+                steps=self.config.local.steps,
+                learning_rate=rate,
+                key=(round_, c),
+            )
+            for c in known
+        ]
+        began = time.perf_counter()
+        results = {r.client: r for r in self._train(jobs)}
+        seconds = (time.perf_counter() - began) / max(1, len(jobs))
+        updates = np.zeros((len(names), self.manifest.upload_size), dtype=np.float32)
+        upload = self._upload_mask()
+        replies = []
+        for i, name in enumerate(names):
+            if name in unknown:
+                replies.append(wire.TrainReply(name, wire.UNKNOWN_CLIENT))
+                continue
+            result, score = results[name], scores[(name, "validation")]
+            if result.adapter is None or score is None:
+                log.error("client %s: %s", name, result.failure or "no score")
+                replies.append(wire.TrainReply(name, wire.NON_FINITE))
+                continue
+            updates[i] = result.adapter[upload]
+            replies.append(
+                wire.TrainReply(
+                    name,
+                    wire.OK,
+                    score,
+                    result.metrics["loss_first"],
+                    result.metrics["loss_last"],
+                    self._prepare(name).data.examples,
+                    result.steps,
+                    seconds,
+                )
+            )
+        return replies, updates
+
+    def personal(
+        self, names: Sequence[str], adapter: wire.F32, rounds: int
+    ) -> tuple[list[wire.ScoreReply], tuple[str, ...]]:
+        """Train each client on from the shared adapter and, beside it, on local data alone.
+
+        ``local_only`` takes the same number of steps from the untouched base; ``local_only_total``
+        takes as many as the client took in the whole run (``rounds`` rounds and the personal ones).
+        The personal adapter is kept on this machine; only its test score is returned.
+        """
+        _known, unknown = self._sort_out(names)
+        settings = self.config.personal
+        total = rounds * self.config.local.steps + settings.steps
+        shapes = dict(self.manifest.layout)
+        fresh = pack(initial_adapter(shapes, self.config.run.seed), self.manifest.layout)
+        stages = ("personal", "local_only", "local_only_total")[: 3 if settings.local_only else 1]
+        replies = []
+        for name in names:
+            if name in unknown:
+                replies.append(wire.ScoreReply(name, wire.UNKNOWN_CLIENT, {}))
+                continue
+            prepared = self._prepare(name)
+
+            def job(start: Array, steps: int, key: str, snapshots: tuple[int, ...]) -> TrainJob:
+                return TrainJob(
+                    client=name,  # noqa: B023 - used within this turn of the loop
+                    adapter=start,
+                    data=prepared.data,  # noqa: B023
+                    reference_logps=prepared.reference,  # noqa: B023
+                    steps=steps,
+                    learning_rate=settings.learning_rate,
+                    key=(key, name),  # noqa: B023
+                    snapshots=snapshots,
+                )
+
+            jobs = [job(adapter, settings.steps, "personal", ())]
+            if settings.local_only:
+                jobs.append(job(fresh, total, "local-only", (settings.steps,)))
+            results = self._train(jobs)
+            if any(r.adapter is None for r in results):
+                replies.append(wire.ScoreReply(name, wire.NON_FINITE, {}))
+                continue
+            adapters = self._stage_adapters(results, settings.steps)
+            keep_personal_adapter(self.config, name, adapters["personal"])
+            scores = {}
+            for stage in stages:
+                self.model.load(adapters[stage])
+                score = self._scores([(name, "test")])[(name, "test")]
+                if score is not None:
+                    scores[stage] = score
+            replies.append(wire.ScoreReply(name, wire.OK, scores))
+        return replies, stages
+
+    # --- work ---------------------------------------------------------------------------------
+
+    def _sort_out(self, names: Sequence[str]) -> tuple[list[str], set[str]]:
+        unknown = {n for n in names if n not in self.clients}
+        return [n for n in names if n not in unknown], unknown
+
+    def _prepare(self, name: str) -> _Prepared:
+        if name not in self._prepared:
+            data = training_set(
+                self.model, self.clients[name], self.config.local, self.config.run.seed
+            )
+            reference = reference_logps(self.model, data.prompts, self._kind)
+            self._prepared[name] = _Prepared(data, reference)
+        return self._prepared[name]
+
+    def _train(self, jobs: Sequence[TrainJob]) -> list[TrainResult]:
+        if self.config.local.engine == "trl":
+            from fedalign.training.trl_engine import train_trl
+
+            return train_trl(self.model, jobs, self.config.local, self.config.run.seed)
+        return train(self.model, jobs, self.config.local, self.config.run.seed)
+
+    @staticmethod
+    def _stage_adapters(results: Sequence[TrainResult], steps: int) -> dict[str, Array]:
+        adapters: dict[str, Array] = {}
+        if results[0].adapter is not None:
+            adapters["personal"] = results[0].adapter
+        if len(results) > 1 and results[1].adapter is not None:
+            adapters["local_only"] = results[1].snapshots[steps]
+            adapters["local_only_total"] = results[1].adapter
+        return adapters
+
+    def _scores(self, tasks: Sequence[tuple[str, str]]) -> dict[tuple[str, str], wire.Score | None]:
+        """Score the loaded adapter; None where a client has no question of a split."""
+        if self.form == "survey":
+            return self._survey_scores(tasks)
+        return {(c, split): self._pair_score(c, split) for c, split in tasks}
+
+    def _survey_scores(
+        self, tasks: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], wire.Score | None]:
+        """Each distinct question goes through the model once, whoever asks it."""
+        items = {t: [i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks}
+        distinct: dict[str, SurveyItem] = {i.key: i for task in items.values() for i in task}
+        answers = dict(
+            zip(
+                distinct,
+                score_survey(self.model, [(i.question, i.options) for i in distinct.values()]),
+                strict=True,
+            )
+        )
+        found: dict[tuple[str, str], wire.Score | None] = {}
+        for task, own in items.items():
+            group = self.clients[task[0]].group
+            own = [i for i in own if is_defined(self.metric, i.ordinals)]
+            if not own:
+                found[task] = None
+                continue
+            truth = [i.shares[group] for i in own]
+            ordinals = [i.ordinals for i in own]
+            predicted = [answers[i.key].probabilities for i in own]
+            even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
+            values = _defined(score_questions(self.metric, predicted, truth, ordinals))
+            found[task] = wire.Score(
+                score=float(np.mean(values)),
+                n=len(values),
+                option_mass=float(np.mean([answers[i.key].option_mass for i in own])),
+                uniform=float(
+                    np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))
+                ),
+                items=self._reported(task[1], [i.key for i in own], values),
+            )
+        return found
+
+    def _pair_score(self, client: str, split: str) -> wire.Score | None:
+        pairs = [p for p in self._items(client, split) if isinstance(p, Pair)]
+        if not pairs:
+            return None
+        key = (client, split)
+        if key not in self._pair_references:
+            loaded = self.model.read()
+            prompts = pair_prompts(self.model, pairs)
+            self._pair_references[key] = reference_logps(self.model, prompts, self._kind)
+            self.model.load(loaded)
+        margins = score_pairs(self.model, pairs, self.config.local, self._pair_references[key])
+        values = [float(v) for v in pair_accuracy(margins, [p.vote_share for p in pairs])]
+        return wire.Score(
+            score=float(np.mean(values)),
+            n=len(values),
+            option_mass=1.0,
+            uniform=0.5,
+            items=self._reported(split, [p.comparison for p in pairs], values),
+        )
+
+    def _reported(
+        self, split: str, keys: Sequence[str], values: Sequence[float]
+    ) -> tuple[tuple[str, float], ...]:
+        """Per-question scores leave on test only, and only when the run asks for them."""
+        if split != "test" or not self.config.score.items:
+            return ()
+        by_key: dict[str, list[float]] = {}
+        for k, v in zip(keys, values, strict=True):
+            by_key.setdefault(k, []).append(v)
+        return tuple((k, float(np.mean(v))) for k, v in by_key.items())
+
+    def _items(self, client: str, split: str) -> tuple[Item, ...]:
+        return self.clients[client].split(split)
+
+    def _upload_mask(self) -> np.ndarray:
+        sent = {name for name, _ in self.manifest.upload}
+        return np.concatenate(
+            [np.full(int(np.prod(shape)), name in sent) for name, shape in self.manifest.layout]
+        )
+
+
+def resident_trainer(config: Config) -> ResidentTrainer:
+    """Return this process's trainer for a run; it is kept while the run's settings stay."""
+    if (config_hash(config), config.run.out) != (_last.get("key"), _last.get("out")):
+        _last.clear()
+        _last.update(key=config_hash(config), out=config.run.out, trainer=ResidentTrainer(config))
+    trainer = _last["trainer"]
+    assert isinstance(trainer, ResidentTrainer)
+    return trainer
+
+
+_last: dict[str, object] = {}
+
+
+@lru_cache(maxsize=1)
+def _model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
+    """Return the resident base; runs of one process that share it do not load it again."""
+    return ResidentModel(model, frozen_a)
+
+
+def _usable_clients(
+    model: ResidentModel, config: Config
+) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    clients = {c.name: c for c in population(config)}
+    bad: list[BadRow] = []
+    if config.data.skip_bad:
+        for name, data in clients.items():
+            clients[name], rows = drop_unusable(model, data)
+            bad += rows
+        for row in bad:
+            log.warning("left out %s: %s", row.source, row.reason)
+    return clients, tuple(bad)
+
+
+def _defined(values: Sequence[float | None]) -> list[float]:
+    out = [v for v in values if v is not None]
+    if len(out) != len(values):
+        raise WireError("score_undefined")
+    return out
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        from fedalign import __version__
+
+        return __version__ if name == "fedalign" else "absent"

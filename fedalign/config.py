@@ -1,0 +1,477 @@
+"""One typed, frozen configuration; the same keys in a TOML file and in Flower's run-config.
+
+A key is ``section.key-name`` in TOML and on the command line, ``Config.section.key_name`` in
+Python.  Every value is a string, an integer, a float or a boolean, because Flower's run-config
+allows nothing else; lists are written as comma-separated strings.  The docstring under each field
+is its documentation; ``docs/configuration.md`` is made from these docstrings.
+
+Unknown keys, wrong types and values out of range are ``ConfigError`` and name the nearest key or
+the allowed range.  Nothing is coerced silently, except an integer given for a float.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedalign.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run goes: seeds, rounds, waiting, where the output goes."""
+
+    name: str = "default"
+    """Name of the run; part of the folder name when ``out`` is empty."""
+    seed: int = 0
+    """Draws group values, pairs, split, initial adapter, sampling. The pocket model is fixed."""
+    rounds: int = 8
+    """Rounds of training, at least 1."""
+    out: str = ""
+    """Run folder. Empty: a new folder under the user's data directory, printed at start and end."""
+    resume: bool = False
+    """Go on with the unfinished run in ``out``; without it a folder that holds a run is refused."""
+    clients_per_round: int = 0
+    """Clients sampled in each round; 0 takes all."""
+    clients_per_message: int = 8
+    """Logical clients that one message asks a node for; bounds the memory of a reply."""
+    round_timeout: float = 3600.0
+    """Seconds to wait for a phase or round; also the time to live of its messages."""
+    quorum: float = 0.5
+    """Least share of the asked clients whose replies must be usable, in (0, 1]."""
+    max_attempts: int = 2
+    """How often a round below quorum is tried before the run fails."""
+    early_stop_patience: int = 0
+    """Stop after this many rounds without a better validation value; 0 never stops early."""
+    early_stop_on: str = "worst"
+    """What early stop watches on validation: ``worst`` or ``average`` over groups."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where preferences come from and how they are split and dealt to clients."""
+
+    source: str = "synthetic"
+    """``synthetic``, ``survey``, ``pairs``, ``globalopinionqa``, ``goqa``, ``polis``, or ``hf``."""
+    path: str = ""
+    """Absolute path of the file or folder (not for ``synthetic``); for ``hf`` the dataset name."""
+    form: str = "auto"
+    """``survey`` or ``pairs``; ``auto`` takes what the source gives (polis gives ``pairs``)."""
+    hf_split: str = "train"
+    """Split of the Hugging Face dataset to read."""
+    world: str = "default"
+    """Synthetic population: ``default`` (conflict, unequal sizes) or ``balanced``."""
+    groups: str = ""
+    """Comma-separated groups to keep; empty keeps all. Use ``;`` where names hold commas."""
+    max_groups: int = 0
+    """Keep only this many groups, those with most questions; 0 keeps all."""
+    questions: int = 0
+    """Keep only this many questions, drawn by seed; 0 keeps all."""
+    keep_nonresponse: bool = True
+    """Keep options such as "don't know" where the source marks them."""
+    min_votes: int = 5
+    """Least votes for a polis cell to count."""
+    skip_bad: bool = False
+    """Count and list bad rows instead of stopping at the first."""
+    validation: float = 0.2
+    """Share of questions in validation."""
+    test: float = 0.2
+    """Share of questions in test; the rest is train."""
+    partition: str = "group"
+    """How a group's questions go to its clients: ``group`` (one client), ``sizes``, ``dirichlet`` or
+    ``column``."""
+    clients_per_group: str = "1"
+    """One number for all groups, or ``name=3,other=1``."""
+    dirichlet_alpha: float = 0.5
+    """Concentration for ``dirichlet``; small is uneven. More than 0."""
+    partition_column: str = ""
+    """Column that names the client, for ``column``."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model and the shape of the adapter."""
+
+    name: str = "pocket"
+    """``pocket``, a Hugging Face model name, or the absolute path of a model folder."""
+    revision: str = ""
+    """Revision of a hub model; empty takes the newest and records its hash."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: str = "auto"
+    """``auto`` (bfloat16 on GPU, float32 on CPU), ``float32`` or ``bfloat16``."""
+    gradient_checkpointing: str = "auto"
+    """``auto`` (on for models of 0.5 billion parameters and more), ``on`` or ``off``."""
+    chat_template: bool = False
+    """Wrap survey prompts in the tokenizer's chat template (instruction-tuned models)."""
+    max_length: int = 1024
+    """Longest prompt plus completion in tokens; longer rows are bad rows."""
+    rank: int = 8
+    """LoRA rank r."""
+    alpha: float = 16.0
+    """LoRA alpha; the update is alpha / r times B A."""
+    targets: str = "all-linear"
+    """Module-name suffixes to adapt, comma-separated, or ``all-linear``."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Training on a client."""
+
+    engine: str = "torch"
+    """``torch`` (our loop) or ``trl`` (TRL's DPOTrainer; hard labels only)."""
+    loss: str = "sigmoid"
+    """``sigmoid`` (DPO), ``ipo``, ``conservative`` or ``robust``."""
+    beta: float = 1.0
+    """Strength of the reference; 1 with no reference matches the group's distribution."""
+    label_noise: float = 0.0
+    """Assumed share of flipped labels, for ``conservative`` and ``robust``; in [0, 0.5)."""
+    length_normalised: bool = True
+    """Divide log-ratios by completion length in ``ipo``."""
+    reference: str = "none"
+    """``base``, ``none``, or the absolute path of a PEFT adapter folder of the same shape."""
+    labels: str = "shares"
+    """``shares`` (vote share of a pair) or ``hard`` (one drawn vote a pair)."""
+    pairs_per_question: int = 6
+    """Option pairs drawn from each survey question; 0 takes all."""
+    steps: int = 12
+    """Optimiser steps a round."""
+    batch_size: int = 16
+    """Prompts a step (each with all its pairs); pairs a step for engine ``trl``."""
+    learning_rate: float = 0.006
+    """AdamW learning rate in round 1."""
+    schedule: str = "cosine"
+    """Learning rate over rounds: ``cosine`` (to a tenth of the first) or ``constant``."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """How much each group counts in the aggregate."""
+
+    rule: str = "adaptive"
+    """``uniform``, ``size``, ``adaptive``, ``worst``, ``afl``, ``qffl`` or ``placebo``."""
+    temperature: float = 0.05
+    """Softmax temperature of ``adaptive``, in units of the score."""
+    decay: float = 0.0
+    """History h <- decay * h + (1 - decay) * score, in [0, 1)."""
+    floor: float = 0.2
+    """Least weight of a group, in units of 1/n, in [0, 1]."""
+    ceiling: float = 3.0
+    """Largest weight, in units of 1/n, at least 1; never above (1 + 1/n) / 2."""
+    step: float = 0.1
+    """Step size of ``afl``."""
+    q: float = 1.0
+    """Exponent of ``qffl``; 0 is uniform."""
+    within_group: str = "size"
+    """How a group's weight goes to its clients: ``size`` (capped) or ``equal``."""
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    """How adapters are combined."""
+
+    method: str = "product"
+    """``product`` (exact, truncated once), ``frozen-a`` (exact), ``factor-mean`` (baseline)."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How well a group is served. One run uses one score."""
+
+    metric: str = "auto"
+    """Survey: ``js_divergence``, ``js_distance``, ``js_distance_base2``, ``wasserstein``,
+    ``cosine``. Pairs: ``pair_accuracy``. ``auto``: js_divergence for survey data."""
+    items: bool = True
+    """Send per-question test scores to the server (needed for the fairness index)."""
+    min_option_mass: float = 0.9
+    """A run whose option mass ends below this counts as failed."""
+
+
+@dataclass(frozen=True)
+class PersonalConfig:
+    """Local steps after the last round that never leave the client."""
+
+    steps: int = 40
+    """Personal steps from the final shared adapter; 0 skips the phase."""
+    local_only: bool = True
+    """Also train an adapter on local data alone: scored at the same number of steps, and at the
+    client's total number of steps in the run."""
+    learning_rate: float = 0.003
+    """AdamW learning rate of the personal phase, constant."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
+
+
+SURVEY_METRICS = ("js_divergence", "js_distance", "js_distance_base2", "wasserstein", "cosine")
+WEIGHT_RULES = ("uniform", "size", "adaptive", "worst", "afl", "qffl", "placebo")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "run.early-stop-on": ("worst", "average"),
+    "data.source": ("synthetic", "survey", "pairs", "globalopinionqa", "goqa", "polis", "hf"),
+    "data.form": ("auto", "survey", "pairs"),
+    "data.world": ("default", "balanced"),
+    "data.partition": ("group", "sizes", "dirichlet", "column"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.gradient-checkpointing": ("auto", "on", "off"),
+    "local.engine": ("torch", "trl"),
+    "local.loss": ("sigmoid", "ipo", "conservative", "robust"),
+    "local.labels": ("shares", "hard"),
+    "local.schedule": ("cosine", "constant"),
+    "weights.rule": WEIGHT_RULES,
+    "weights.within-group": ("size", "equal"),
+    "aggregation.method": ("product", "frozen-a", "factor-mean"),
+    "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy"),
+}
+
+# key: (low, high, low allowed, high allowed)
+RANGES: dict[str, tuple[float, float, bool, bool]] = {
+    "run.seed": (0, 2**31 - 1, True, True),
+    "run.rounds": (1, 1_000_000, True, True),
+    "run.clients-per-round": (0, 1_000_000, True, True),
+    "run.clients-per-message": (1, 100_000, True, True),
+    "run.round-timeout": (0, 30 * 86400, False, True),
+    "run.quorum": (0, 1, False, True),
+    "run.max-attempts": (1, 100, True, True),
+    "run.early-stop-patience": (0, 1_000_000, True, True),
+    "data.max-groups": (0, 1_000_000, True, True),
+    "data.questions": (0, 10**9, True, True),
+    "data.min-votes": (1, 10**9, True, True),
+    "data.validation": (0, 1, False, False),
+    "data.test": (0, 1, False, False),
+    "data.dirichlet-alpha": (0, 1e6, False, True),
+    "model.max-length": (8, 10**7, True, True),
+    "model.rank": (1, 4096, True, True),
+    "model.alpha": (0, 1e6, False, True),
+    "local.beta": (0, 1e3, False, True),
+    "local.label-noise": (0, 0.5, True, False),
+    "local.pairs-per-question": (0, 10**6, True, True),
+    "local.steps": (1, 10**9, True, True),
+    "local.batch-size": (1, 10**6, True, True),
+    "local.learning-rate": (0, 10, False, True),
+    "local.max-grad-norm": (0, 1e9, True, True),
+    "weights.temperature": (0, 1e6, False, True),
+    "weights.decay": (0, 1, True, False),
+    "weights.floor": (0, 1, True, True),
+    "weights.ceiling": (1, 1e6, True, True),
+    "weights.step": (0, 1e6, False, True),
+    "weights.q": (0, 100, True, True),
+    "score.min-option-mass": (0, 1, True, True),
+    "personal.steps": (0, 10**9, True, True),
+    "personal.learning-rate": (0, 10, False, True),
+}
+
+# Where output goes and how long to wait do not change what is computed.
+NOT_IN_HASH = ("run.name", "run.out", "run.resume", "run.round-timeout", "run.max-attempts")
+
+
+def to_flat(config: Config) -> dict[str, Scalar]:
+    """Return ``{"section.key-name": value}`` for every field, in declaration order."""
+    out: dict[str, Scalar] = {}
+    for section, values in asdict(config).items():
+        for key, value in values.items():
+            out[f"{section}.{key.replace('_', '-')}"] = value
+    return out
+
+
+def from_flat(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """Return ``base`` (default: the defaults) with the given flat keys replaced, validated."""
+    base = base or Config()
+    known = to_flat(base)
+    changes: dict[str, dict[str, Scalar]] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}'.{_nearest(key, known)}")
+        section, name = key.split(".", 1)
+        changes.setdefault(section, {})[name.replace("-", "_")] = _typed(key, value, known[key])
+    sections = {s: replace(getattr(base, s), **new) for s, new in changes.items()}
+    config = replace(base, **sections)
+    validate(config)
+    return config
+
+
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten ``{section: {key: value}}`` (a parsed TOML file) to dotted keys."""
+    out: dict[str, Any] = {}
+    for section, values in nested.items():
+        if isinstance(values, Mapping):
+            out.update({f"{section}.{key}": value for key, value in values.items()})
+        else:
+            out[section] = values
+    return out
+
+
+def load_toml(path: Path, base: Config | None = None) -> Config:
+    """Read a scenario file; errors name the file."""
+    try:
+        with path.open("rb") as f:
+            return from_flat(flatten(tomllib.load(f)), base)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Give the path of a TOML scenario.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_override(text: str) -> tuple[str, Scalar]:
+    """Parse one ``--set section.key=value``; the value is read as TOML, else as plain text."""
+    key, separator, raw = text.partition("=")
+    if not separator:
+        raise ConfigError(f"'{text}' is not an override. Write --set section.key=value.")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return key.strip(), value
+
+
+def validate(config: Config) -> None:
+    """Raise ``ConfigError`` for a value out of range or a combination that cannot work."""
+    flat = to_flat(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key} = '{flat[key]}' is not one of {', '.join(allowed)}.")
+    for key, (low, high, low_in, high_in) in RANGES.items():
+        value = float(flat[key])
+        inside = (low <= value if low_in else low < value) and (
+            value <= high if high_in else value < high
+        )
+        if not inside:
+            left, right = "[" if low_in else "(", "]" if high_in else ")"
+            raise ConfigError(f"{key} = {flat[key]} is outside {left}{low:g}, {high:g}{right}.")
+    if config.data.validation + config.data.test >= 1:
+        raise ConfigError(
+            f"data.validation + data.test = {config.data.validation + config.data.test:g} leaves "
+            "no training questions; their sum must be below 1."
+        )
+    if config.data.source != "synthetic" and not config.data.path:
+        raise ConfigError(f"data.source = '{config.data.source}' needs data.path.")
+    if config.data.partition == "column" and not config.data.partition_column:
+        raise ConfigError("data.partition = 'column' needs data.partition-column.")
+    local = config.local
+    if local.engine == "trl" and local.labels != "hard":
+        raise ConfigError(
+            "local.engine = 'trl' takes hard labels only (TRL has no per-pair vote shares). "
+            "Set local.labels = 'hard', or use local.engine = 'torch'."
+        )
+    if local.engine == "trl" and local.reference != "base":
+        raise ConfigError("local.engine = 'trl' needs local.reference = 'base'.")
+    if local.loss == "robust" and local.labels == "shares":
+        raise ConfigError(
+            "local.loss = 'robust' corrects flipped hard labels; it has no meaning on vote "
+            "shares. Set local.labels = 'hard'."
+        )
+    if local.label_noise and local.loss not in ("conservative", "robust"):
+        raise ConfigError(
+            f"local.label-noise = {local.label_noise} has no effect on loss '{local.loss}'. "
+            "Use loss 'conservative' or 'robust', or set it to 0."
+        )
+    for name in ("data.path", "run.out"):
+        given = str(flat[name])
+        if given and config.data.source != "hf" and not Path(given).is_absolute():
+            raise ConfigError(
+                f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
+            )
+
+
+def resolve_metric(config: Config, form: str) -> str:
+    """Return the run's one score for a data form (``survey`` or ``pairs``)."""
+    metric = config.score.metric
+    if metric == "auto":
+        return "js_divergence" if form == "survey" else "pair_accuracy"
+    if (metric == "pair_accuracy") != (form == "pairs"):
+        allowed = SURVEY_METRICS if form == "survey" else ("pair_accuracy",)
+        raise ConfigError(
+            f"score.metric = '{metric}' does not fit {form} data; use {', '.join(allowed)} or auto."
+        )
+    return metric
+
+
+def config_hash(config: Config) -> str:
+    """Return the SHA-256 (hex) of every setting that changes what is computed."""
+    flat = {k: v for k, v in to_flat(config).items() if k not in NOT_IN_HASH}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def differing_keys(a: Config, b: Config) -> list[str]:
+    """Return the keys that count for the hash and differ, sorted."""
+    fa, fb = to_flat(a), to_flat(b)
+    return sorted(k for k in fa if fa[k] != fb[k] and k not in NOT_IN_HASH)
+
+
+def to_json(config: Config) -> str:
+    """Return the flat configuration as JSON, as it travels in a message."""
+    return json.dumps(to_flat(config), sort_keys=True)
+
+
+def from_json(text: str) -> Config:
+    """Inverse of :func:`to_json`."""
+    return from_flat(json.loads(text))
+
+
+def field_docs() -> dict[str, str]:
+    """Return ``{"section.key": docstring}`` read from this file's source."""
+    import ast
+
+    docs: dict[str, str] = {}
+    names = {type(getattr(Config(), f.name)).__name__: f.name for f in fields(Config)}
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name in names:
+            for statement, after in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(statement, ast.AnnAssign)
+                    and isinstance(statement.target, ast.Name)
+                    and isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                ):
+                    key = f"{names[node.name]}.{statement.target.id.replace('_', '-')}"
+                    docs[key] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def _typed(key: str, value: Any, default: Scalar) -> Scalar:
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(default, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(default, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, str):
+        return value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a number given for text such as clients-per-group
+    raise ConfigError(
+        f"{key} = {value!r} is a {type(value).__name__}; it must be a {type(default).__name__}."
+    )
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}."

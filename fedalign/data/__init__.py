@@ -1,0 +1,1 @@
+"""Preference data: two forms, readers, split by question, partition over clients."""

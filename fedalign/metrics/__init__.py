@@ -1,0 +1,1 @@
+"""Alignment scores, fairness numbers, intervals, attainable optima.  Numpy; scipy where named."""

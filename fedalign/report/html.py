@@ -1,0 +1,408 @@
+"""Build ``report.html`` and ``summary.json`` of a run folder from its ledger alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedalign.export import public_base_name
+from fedalign.ledger import Ledger
+from fedalign.metrics.alignment import SCORE_LOW
+from fedalign.report import plots
+from fedalign.report.facts import Facts, gather
+from fedalign.report.summary import summarise_facts, write_summary, write_text
+from fedalign.report.template import PAGE, STYLE
+from fedalign.report.verdict import judge, signed
+from fedalign.runfolder import LEDGER, REPORT, SUMMARY
+
+HIGHLIGHTED = 8
+"""Lines that get a colour and a label; more would not be told apart."""
+SHOWN_EVENTS = 60
+STAGE_NAMES = {
+    "base": "base",
+    "shared": "shared",
+    "personal": "personal",
+    "local_only": "local only, same steps",
+    "local_only_total": "local only, all steps",
+}
+REFERENCE_NAMES = {
+    "uniform": "uniform answerer",
+    "mean_of_groups": "mean of groups",
+    "optimum_average": "best for average",
+    "optimum_worst": "best for worst",
+}
+NUMBERS = {
+    "average": ("average over groups", "higher"),
+    "worst": ("worst group", "higher"),
+    "worst_k20": ("worst fifth of groups", "higher"),
+    "gap": ("gap, best to worst group", "lower"),
+    "std": ("standard deviation over groups", "lower"),
+    "fairness_index": ("fairness index", "higher"),
+    "jain_group_means": ("Jain index of group scores", "higher"),
+    "cov_group_means": ("coefficient of variation", "lower"),
+    "gini_group_means": ("Gini coefficient", "lower"),
+    "option_mass": ("option mass", "higher"),
+}
+SCORE_TEXTS = {
+    "js_divergence": "1 − Jensen-Shannon divergence (base 2) of the model's and the group's answer "
+    "shares, mean over questions; from 0 to 1, higher is better.",
+    "js_distance": "1 − Jensen-Shannon distance (root, natural log), mean over questions; from "
+    "0.167 to 1, higher is better.",
+    "js_distance_base2": "1 − Jensen-Shannon distance (root, base 2), mean over questions; from 0 "
+    "to 1, higher is better.",
+    "wasserstein": "1 − Wasserstein distance over the ordered options, as a share of the largest; "
+    "mean over questions, from 0 to 1, higher is better.",
+    "cosine": "cosine of the model's and the group's answer shares, mean over questions; from 0 to "
+    "1, higher is better.",
+    "pair_accuracy": "share of the group's votes that agree with the response the model prefers; "
+    "from 0 to 1, higher is better.",
+}
+READING = (
+    "A group's score says how close the answers of the one shared model are to what that group "
+    "answers. Groups that disagree cannot all reach 1: the best single answer shows how far one "
+    "shared model could go.",
+    "The worst group is a minimum of noisy numbers, so it is biased down, and the gap is biased "
+    "up. Look at the interval, and never compare the worst group of few questions with that of "
+    "many.",
+    "The fairness index and the Jain index ignore quality: a model that serves everybody equally "
+    "badly gets 1. Read them beside the average, the worst group and the uniform answerer.",
+    "Option mass is the probability that the model answers with one of the options at all. Below "
+    "the threshold of the run the scores mean nothing, and the run counts as failed.",
+    "The personal adapter took extra local steps that never left the client. Local only is an "
+    "adapter trained on the client's own data alone: with as many steps as the personal phase, "
+    "and with as many as the client took in the whole run.",
+    "Intervals come from resampling questions. They do not cover another seed, another split or "
+    "another draw of clients; compare several seeds before you claim a difference.",
+    "Scores and sizes are what clients report about themselves.",
+)
+
+
+def build_report(run_folder: Path) -> Path:
+    """Write ``report.html`` and ``summary.json`` into the run folder; return the page's path.
+
+    Works on a finished, a failed and a running run.  Raises ``FedalignError`` when the folder holds
+    no ledger or cannot be written.
+    """
+    with Ledger(run_folder / LEDGER, readonly=True) as ledger:
+        facts = gather(ledger)
+    summary = summarise_facts(facts)
+    page = run_folder / REPORT
+    write_text(page, render(facts, summary))
+    write_summary(run_folder / SUMMARY, summary)
+    return page
+
+
+def render(facts: Facts, summary: Mapping[str, Any]) -> str:
+    """Return the page as text."""
+    import jinja2
+    from markupsafe import Markup
+
+    low = SCORE_LOW.get(facts.metric, 0.0)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
+    )
+    environment.filters["number"] = lambda x, digits: f"{x:.{digits}f}".replace("-", "−")
+    environment.filters["signed"] = signed
+    environment.filters["width"] = lambda x: f"{100 * min(1, max(0, (x - low) / (1 - low))):.1f}"
+    drawings = {
+        name: {"wide": Markup(d.wide), "narrow": Markup(d.narrow)} if d else None
+        for name, d in _drawings(facts, summary).items()
+    }
+    _, hidden = _dumbbell_rows(facts)
+    optimum = facts.references["optimum_average"]
+    has_personal = "personal" in facts.stages
+    others = [n for n in ("local_only", "local_only_total") if n in facts.stages]
+    columns = ["base", "shared", "change"]
+    columns += ["personal"] if has_personal else []
+    columns += [STAGE_NAMES[n] for n in others]
+    columns += ["uniform answerer", "best single answer", "option mass", "training size", "clients"]
+    return environment.from_string(PAGE).render(
+        style=Markup(STYLE),
+        title=_title(facts),
+        subtitle=_subtitle(facts),
+        verdict=judge(facts, summary),
+        cards=_cards(facts, summary),
+        facts_list=_what_run(facts),
+        has_optimum=bool(optimum.scores),
+        optimum_note="" if not optimum.note else (
+            optimum.note if optimum.scores else f"not defined ({optimum.note})"
+        ),
+        has_personal=has_personal,
+        hidden=hidden,
+        score_text=f"Score: {_score_text(facts)}",
+        score_low=low,
+        columns=[*columns, "test questions"],
+        rows=_rows(facts, summary, others),
+        others=max(0, len(facts.groups) - len(_highlight(facts))),
+        loss_note="",
+        fairness_columns=_fairness_columns(facts, summary),
+        fairness=_fairness(facts, summary),
+        missing=summary["missing"],
+        failures=_failures(facts),
+        events=facts.events[-SHOWN_EVENTS:],
+        event_count=len(facts.events),
+        reading=READING,
+        settings=[(k, _public(k, v)) for k, v in facts.run.get("config", {}).items()],
+        seconds=[(k, f"{v:.1f} s") for k, v in facts.seconds.items()],
+        **drawings,
+    )  # fmt: skip
+
+
+def _title(facts: Facts) -> str:
+    return f"Run {facts.setting('run.name', 'without a name')}"
+
+
+def _subtitle(facts: Facts) -> str:
+    parts = [
+        f"{len(facts.groups)} groups, {sum(facts.clients.values())} clients",
+        f"{len(facts.rounds)} of {facts.setting('run.rounds', '?')} rounds",
+        f"seed {facts.setting('run.seed', '?')}",
+    ]
+    if facts.run.get("started"):
+        parts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts.run["started"])))
+    return " · ".join(parts)
+
+
+def _what_run(facts: Facts) -> list[tuple[str, str]]:
+    s = facts.setting
+    model = public_base_name(str(s("model.name", "?")))
+    if facts.run.get("parameters"):
+        model += f", {facts.run['parameters']:,} parameters"
+    adapter = f"LoRA rank {s('model.rank', '?')}, alpha {s('model.alpha', '?')}"
+    if layout := facts.manifest.get("layout"):
+        adapter += f", {sum(math.prod(shape) for _, shape in layout):,} parameters"
+    rule = f"{s('weights.rule', '?')}"
+    if s("weights.rule") in ("adaptive", "placebo"):
+        rule += f", temperature {s('weights.temperature'):g}"
+    rule += f", history decay {s('weights.decay', 0.0):g}"
+    if s("weights.rule") in ("adaptive", "placebo"):
+        rule += f", floor {s('weights.floor'):g}/n, ceiling {s('weights.ceiling'):g}/n"
+    loss = f"{s('local.loss', '?')}, beta {s('local.beta', 0.0):g}, {s('local.steps', '?')} steps"
+    return [
+        ("Data", str(facts.run.get("data_name") or s("data.source", "?"))),
+        ("Model", model),
+        ("Adapter", adapter),
+        ("Group weights", rule),
+        ("Aggregation", _aggregation(facts)),
+        ("Local training", f"{loss} a round, engine {s('local.engine', '?')}"),
+        ("Reference", _public("local.reference", s("local.reference", "?"))),
+        ("Labels", str(s("local.labels", "?"))),
+        ("Score", f"{facts.metric}: {_score_text(facts)}"),
+    ]
+
+
+def _aggregation(facts: Facts) -> str:
+    method = str(facts.setting("aggregation.method", "?"))
+    if not facts.discarded:
+        return method
+    group, share = max(facts.discarded.items(), key=lambda x: x[1])
+    return f"{method}; truncation removed at most {share:.1%} of an update ({group})"
+
+
+def _score_text(facts: Facts) -> str:
+    return SCORE_TEXTS.get(facts.metric, "higher is better.")
+
+
+def _public(key: str, value: Any) -> str:
+    """Return a setting as text; of a path only its last component, so that nothing leaks."""
+    text = str(value)
+    if key in ("data.path", "run.out", "model.name", "local.reference"):
+        return text if text in ("", "pocket") else public_base_name(text)
+    return text
+
+
+def _cards(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    cards = []
+    for name, label in (("average", "Average over groups"), ("worst", "Worst-served group")):
+        base, shared = summary.get(f"base/{name}"), summary.get(f"shared/{name}")
+        lines = []
+        if name == "worst" and shared is not None:
+            lines.append(summary["shared/worst_group"])
+        if f"change/{name}/low" in summary:
+            low, high = summary[f"change/{name}/low"], summary[f"change/{name}/high"]
+            change = signed(summary[f"change/{name}"])
+            lines.append(f"{change} (95% {signed(low)} to {signed(high)})")
+        if shared is None:
+            lines.append("the final adapter is not scored" if base is not None else "no scores")
+        cards.append(_card(label, base, shared, lines))
+    attained = [summary.get(f"attained/{n}") for n in ("average", "worst")]
+    reason = facts.references["optimum_average"].note or "; ".join(
+        m["reason"] for m in summary["missing"] if m["name"] == "attained/average"
+    )
+    lines = ["average; of the gain one shared answer could bring"]
+    if attained[1] is not None:
+        lines.append(f"worst group: {attained[1]:.0%}")
+    cards.append(
+        {
+            "label": "Attained",
+            "before": None,
+            "after": "not defined" if attained[0] is None else f"{attained[0]:.0%}",
+            "lines": lines if attained[0] is not None else [reason],
+        }
+    )
+    mass = [summary.get(f"{s}/option_mass") for s in ("base", "shared")]
+    least = facts.setting("score.min-option-mass", 0.9)
+    pairs = facts.run.get("form") == "pairs"
+    lines = ["pair data have no options"] if pairs else [f"must stay above {least:g}"]
+    cards.append(_card("Option mass", mass[0], mass[1], lines, digits=2))
+    return cards
+
+
+def _card(
+    label: str,
+    before: float | None,
+    after: float | None,
+    lines: list[str],
+    digits: int = 3,
+) -> dict[str, Any]:
+    return {
+        "label": label,
+        "before": None if before is None else f"{before:.{digits}f}",
+        "after": "–" if after is None else f"{after:.{digits}f}",
+        "lines": lines,
+    }
+
+
+def _score(facts: Facts, stage: str, group: str) -> float | None:
+    return facts.stages[stage].scores.get(group) if stage in facts.stages else None
+
+
+def _dumbbell_rows(facts: Facts) -> tuple[list[plots.DumbbellRow], int]:
+    rows = [
+        plots.DumbbellRow(
+            g,
+            _score(facts, "base", g),
+            _score(facts, "shared", g),
+            _score(facts, "personal", g),
+            facts.references["uniform"].scores.get(g),
+            facts.references["optimum_average"].scores.get(g),
+        )
+        for g in facts.groups
+        if _score(facts, "base", g) is not None or _score(facts, "shared", g) is not None
+    ]
+    return rows, max(0, len(rows) - plots.MOST_ROWS)
+
+
+def _highlight(facts: Facts) -> list[str]:
+    """Return the groups whose lines get a colour: all, or the worst served and heaviest."""
+    groups = list(facts.groups)
+    if len(groups) <= HIGHLIGHTED:
+        return groups
+
+    def served(g: str) -> float:
+        first = _score(facts, "base", g)
+        return 1.0 if first is None else first
+
+    def weight(g: str) -> float:
+        return max(facts.weights[g].values(), default=0.0)
+
+    worst = sorted(groups, key=served)[:3]
+    heaviest = sorted(groups, key=lambda g: -weight(g))[:3]
+    return sorted({*worst, *heaviest})
+
+
+def _drawings(facts: Facts, summary: Mapping[str, Any]) -> dict[str, plots.Drawing | None]:
+    score = facts.metric
+    highlight, n = _highlight(facts), len(facts.groups)
+    made: dict[str, plots.Drawing | None] = dict.fromkeys(
+        ("dumbbells", "weights", "validation", "loss")
+    )
+    rows, _ = _dumbbell_rows(facts)
+    if rows:
+        made["dumbbells"], _ = plots.dumbbells(rows, f"{score} on test (higher is better)")
+    rounds = list(facts.rounds)
+    if any(facts.weights.values()):
+        made["weights"] = plots.lines(
+            facts.weights, rounds, highlight, "group weight (sum over groups is 1)",
+            level=(1 / n, f"equal, 1/{n}"), zero=True,
+        )  # fmt: skip
+    if any(facts.validation.values()):
+        axis = f"{score} on validation (higher is better)"
+        made["validation"] = plots.lines(facts.validation, rounds, highlight, axis, mean=n > 1)
+    if any(facts.loss.values()):
+        axis = "training loss (lower is better)"
+        made["loss"] = plots.lines(facts.loss, rounds, highlight, axis, mean=n > 1)
+    return made
+
+
+def _rows(facts: Facts, summary: Mapping[str, Any], others: Sequence[str]) -> list[dict[str, Any]]:
+    least = float(facts.setting("score.min-option-mass", 0.9))
+    rows = []
+    for g in facts.groups:
+        base, shared = _score(facts, "base", g), _score(facts, "shared", g)
+        low = summary.get(f"shared/group/{g}/score/low")
+        mass = [facts.stages[s].option_mass.get(g) for s in ("shared", "base") if s in facts.stages]
+        rows.append(
+            {
+                "group": g,
+                "base": base,
+                "shared": shared,
+                "change": None if base is None or shared is None else shared - base,
+                "interval": "" if low is None else
+                f"{low:.3f} to {summary[f'shared/group/{g}/score/high']:.3f}",
+                "personal": _score(facts, "personal", g),
+                "others": [
+                    *(_score(facts, s, g) for s in others),
+                    facts.references["uniform"].scores.get(g),
+                    facts.references["optimum_average"].scores.get(g),
+                ],
+                "mass": mass[0] if mass else None,
+                "low_mass": bool(mass) and mass[0] is not None and mass[0] < least,
+                "size": f"{facts.sizes[g]:,}",
+                "clients": facts.clients[g],
+                "questions": facts.questions[g],
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: (2.0 if r["shared"] is None else r["shared"], r["group"]))
+
+
+def _fairness_columns(facts: Facts, summary: Mapping[str, Any]) -> list[str]:
+    return [
+        *(label for stage, label in STAGE_NAMES.items() if stage in facts.stages),
+        *(label for n, label in REFERENCE_NAMES.items() if f"reference/{n}/average" in summary),
+    ]
+
+
+def _fairness(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    prefixes = [
+        *(stage for stage in STAGE_NAMES if stage in facts.stages),
+        *(f"reference/{n}" for n in REFERENCE_NAMES if f"reference/{n}/average" in summary),
+    ]
+    rows = []
+    for key, (name, better) in NUMBERS.items():
+        cells = []
+        for prefix in prefixes:
+            value, low = summary.get(f"{prefix}/{key}"), summary.get(f"{prefix}/{key}/low")
+            # Four digits: indices near 1 differ only there.
+            digits = 4 if key in ("fairness_index", "jain_group_means") else 3
+            interval = ""
+            if low is not None:
+                interval = f"{low:.{digits}f} to {summary[f'{prefix}/{key}/high']:.{digits}f}"
+            text = "–" if value is None else f"{value:.{digits}f}"
+            cells.append({"text": text, "interval": interval})
+        rows.append({"name": name, "better": better, "cells": cells})
+    return rows
+
+
+def _failures(facts: Facts) -> list[dict[str, Any]]:
+    by_reason: dict[str, list[Any]] = defaultdict(list)
+    for reply in facts.failed_replies:
+        by_reason[f"{reply.status}: {reply.reason}"].append(reply)
+    return [
+        {
+            "reason": reason,
+            "replies": len(replies),
+            "clients": len({r.client for r in replies}),
+            "rounds": _some(sorted({r.round for r in replies})),
+        }
+        for reason, replies in sorted(by_reason.items(), key=lambda x: -len(x[1]))
+    ]
+
+
+def _some(rounds: Sequence[int], most: int = 10) -> str:
+    text = ", ".join(str(r) for r in rounds[:most])
+    return text + (f" and {len(rounds) - most} more" if len(rounds) > most else "")

@@ -1,0 +1,245 @@
+"""Engine ``trl``: the same jobs through TRL's maintained DPOTrainer (TRL 1.16), on the same model.
+
+Both engines see the same rows in the same order and the same reference log-probabilities, so on
+hard labels with one pair a prompt they take the same steps up to rounding; a test holds them
+together.  TRL has no vote shares, so labels must be hard.  A step takes ``batch_size`` *pairs*.
+
+What is done about TRL's habits, each of which changes results if left alone:
+
+- Given a PEFT model it copies the adapter of the moment as its reference (a reference that moves
+  every round).  Rows here carry the base's log-probabilities, and the copy is deleted.
+- It refuses tokenised rows; the subclass skips its preparation, a private method.
+- It patches the model's ``forward`` once more with every construction; the patch is taken off.
+- A trainer used twice keeps its Adam moments; optimiser and schedule are cleared for every job.
+- A new trainer breaks older ones in the same process; one is made for each call and used up.
+- Every construction sends telemetry unless that is switched off, which is done here.
+- It hides NaN losses by default; the filter is off.
+
+``accuracy`` here is TRL's, which counts a tie as wrong (all pairs tie at the first step).
+One process must not run this in two threads: TRL sets global random state.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from fedalign.config import LocalConfig
+from fedalign.errors import ConfigError
+from fedalign.models.base import ResidentModel
+from fedalign.models.layout import Array
+from fedalign.randomness import keyed_seed
+from fedalign.training.loop import TrainJob, TrainResult, batches, check_job
+
+TRL_LOSSES = {"sigmoid": "sigmoid", "ipo": "ipo", "robust": "robust"}
+"""Our names to TRL's.  TRL's ``sigmoid`` takes no label smoothing, so ``conservative`` has none."""
+
+METRICS = {
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "logps/chosen": "chosen_logp",
+}
+
+
+def train_trl(
+    resident: ResidentModel, jobs: Sequence[TrainJob], settings: LocalConfig, seed: int
+) -> list[TrainResult]:
+    """Train each job from its own adapter with TRL; results in the order of the jobs.
+
+    Raises ``ConfigError`` for settings TRL cannot do.  A loss or adapter that is not finite is a
+    recorded failure of that job alone.
+    """
+    _check(resident, settings)
+    for job in jobs:
+        check_job(job, settings)
+    if not jobs:
+        return []
+    keeper = _snapshots(resident)
+    with _trainer(resident, jobs[0], settings, seed, keeper) as trainer:
+        return [_train_one(trainer, resident, job, settings, seed, keeper) for job in jobs]
+
+
+def rows_of(job: TrainJob) -> list[dict[str, Any]]:
+    """Return one row a pair: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and their references.
+
+    Raises ``ConfigError`` for a label other than 0 or 1.
+    """
+    if job.reference_logps is None:
+        raise ConfigError("engine 'trl' needs the base's log-probabilities of every completion.")
+    rows: list[dict[str, Any]] = []
+    at = 0
+    for prompt, labels in zip(job.data.prompts, job.data.labels, strict=True):
+        for label in labels:
+            if label.q not in (0.0, 1.0):
+                raise ConfigError(
+                    f"engine 'trl' takes hard labels, but a pair has vote share {label.q:g}. "
+                    "Set local.labels = 'hard'."
+                )
+            won, lost = (label.i, label.j) if label.q == 1.0 else (label.j, label.i)
+            rows.append(
+                {
+                    "prompt_ids": list(prompt.tokens),
+                    "chosen_ids": list(prompt.completions[won]),
+                    "rejected_ids": list(prompt.completions[lost]),
+                    "ref_chosen_logps": float(job.reference_logps[at + won]),
+                    "ref_rejected_logps": float(job.reference_logps[at + lost]),
+                }
+            )
+        at += len(prompt.completions)
+    return rows
+
+
+def _check(resident: ResidentModel, settings: LocalConfig) -> None:
+    if settings.loss not in TRL_LOSSES:
+        raise ConfigError(
+            f"local.loss = '{settings.loss}' is not one of TRL's; use one of "
+            f"{', '.join(TRL_LOSSES)}, or local.engine = 'torch'."
+        )
+    if settings.loss == "ipo" and not settings.length_normalised:
+        raise ConfigError("TRL's ipo is always length-normalised; use local.engine = 'torch'.")
+    if settings.reference != "base":
+        raise ConfigError("engine 'trl' needs local.reference = 'base'.")
+    if resident.device.type == "cuda" and (resident.device.index or 0) != 0:
+        raise ConfigError(
+            f"engine 'trl' uses the first visible GPU, but the model is on {resident.device}. "
+            "Set CUDA_VISIBLE_DEVICES and model.device = 'cuda'."
+        )
+
+
+@contextmanager
+def _trainer(
+    resident: ResidentModel, job: TrainJob, settings: LocalConfig, seed: int, keeper: Any
+) -> Iterator[Any]:
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    import datasets
+    import huggingface_hub.constants
+    from transformers.trainer_callback import PrinterCallback
+
+    # The variable is read when the hub library is first imported, which was earlier.
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+        """DPOTrainer over rows that are tokenised and carry reference log-probabilities."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=job.learning_rate,
+            max_steps=job.steps,
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_grad_norm=settings.max_grad_norm,
+            beta=settings.beta,
+            loss_type=[TRL_LOSSES[settings.loss]],
+            label_smoothing=settings.label_noise,
+            max_length=None,
+            seed=keyed_seed(seed, "trl") % 2**31,
+            train_sampling_strategy="sequential",
+            bf16=False,
+            fp16=False,
+            gradient_checkpointing=resident.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=resident.device.type == "cpu",
+            dataloader_pin_memory=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="steps",
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+        )
+        try:
+            trainer = TokenisedDPOTrainer(
+                model=resident.peft,
+                args=arguments,
+                train_dataset=datasets.Dataset.from_list(rows_of(job)[:1]),
+                processing_class=resident.tokenizer,
+                callbacks=[keeper],
+            )
+            resident.peft.delete_adapter("ref")
+            resident.set_trainable()
+            trainer.remove_callback(PrinterCallback)
+            trainer.precompute_ref_logps = True
+            # Every train() collects garbage; what was imported need not be walked each time.
+            gc.freeze()
+            yield trainer
+        finally:
+            if "ref" in resident.peft.peft_config:
+                resident.peft.delete_adapter("ref")
+            vars(resident.network).pop("forward", None)
+            resident.network.eval()
+            resident.set_trainable()
+
+
+def _train_one(
+    trainer: Any,
+    resident: ResidentModel,
+    job: TrainJob,
+    settings: LocalConfig,
+    seed: int,
+    keeper: Any,
+) -> TrainResult:
+    import datasets
+
+    resident.load(job.adapter)
+    rows = rows_of(job)
+    order = islice(batches(len(rows), settings.batch_size, seed, job.key), job.steps)
+    trainer.train_dataset = datasets.Dataset.from_list([rows[k] for batch in order for k in batch])
+    trainer.args.per_device_train_batch_size = min(settings.batch_size, len(rows))
+    trainer._train_batch_size = trainer.args.per_device_train_batch_size
+    trainer.args.learning_rate = job.learning_rate
+    trainer.args.max_steps = job.steps
+    trainer.args.logging_steps = 1
+    trainer.optimizer = None
+    trainer.lr_scheduler = None
+    keeper.wanted, keeper.kept = job.snapshots, {}
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [float(entry["loss"]) for entry in logs]
+    adapter = resident.read()
+    if not np.isfinite(losses).all():
+        done = int(np.argmin(np.isfinite(losses)))
+        return TrainResult(job.client, None, {}, done, "loss_not_finite")
+    if not np.isfinite(adapter).all():
+        return TrainResult(job.client, None, {}, len(losses), "adapter_not_finite")
+    summary = {
+        "loss": float(np.mean(losses)),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "grad_norm": float(np.mean([float(entry["grad_norm"]) for entry in logs])),
+    }
+    summary |= {
+        ours: float(np.mean([entry[theirs] for entry in logs])) for theirs, ours in METRICS.items()
+    }
+    return TrainResult(job.client, adapter, summary, len(losses), snapshots=keeper.kept)
+
+
+def _snapshots(resident: ResidentModel) -> Any:
+    from transformers import TrainerCallback
+
+    class Keeper(TrainerCallback):  # type: ignore[misc]
+        """Keeps copies of the adapter after the step counts a job asks for."""
+
+        def __init__(self) -> None:
+            self.wanted: tuple[int, ...] = ()
+            self.kept: dict[int, Array] = {}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step in self.wanted:
+                self.kept[state.global_step] = resident.read()
+
+    return Keeper()

@@ -1,0 +1,1 @@
+"""What only the coordinator runs: the Flower ServerApp, the strategy, checkpoint and resume."""

@@ -1,0 +1,52 @@
+"""The Flower ServerApp.  The same app runs in process, in Flower's simulation and deployed.
+
+Settings come from Flower's run-config (``[tool.flwr.app.config]`` and ``--run-config``), or, when a
+command builds the app itself, from the configuration handed to :func:`make_app`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedalign.config import Config, from_flat
+from fedalign.errors import RunFailed
+from fedalign.packages import check_installed_version
+from fedalign.runfolder import prepare
+from server.progress import LogProgress, Progress
+from server.run import Outcome, execute
+
+log = logging.getLogger("fedalign.server")
+
+
+def make_app(
+    config: Config | None = None,
+    progress: Progress | None = None,
+    done: Callable[[Outcome], None] | None = None,
+) -> ServerApp:
+    """Return a ServerApp; without ``config`` it reads Flower's run-config."""
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        check_installed_version()
+        settings = config or prepare(from_flat(context.run_config))
+        logging.getLogger("fedalign").setLevel(logging.INFO)
+        outcome = execute(grid, settings, progress or LogProgress())
+        if done is not None:
+            done(outcome)
+        log.info("report: %s", outcome.report)
+        if not outcome.option_mass_ok:
+            # Raising is the only way to make Flower mark the run as failed.
+            raise RunFailed(
+                "option mass fell below score.min-option-mass: the adapter moved probability off "
+                f"the answer options, so its scores mean little. See {outcome.report}."
+            )
+
+    return server_app
+
+
+app = make_app()

@@ -1,0 +1,112 @@
+"""Who hosts what: clients, their groups and sizes, and the node that answers for each.
+
+Built from the answers to ``hello``.  History, ledger, sampling and quorum speak of clients and
+groups; only this table knows nodes.  In simulation a node's own word for a group counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedalign import wire
+from fedalign.errors import RunFailed
+from fedalign.randomness import generator
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of the federation."""
+
+    client: str
+    group: str
+    node: int
+    train: int
+    validation: int
+    test: int
+    size: int
+    """Size claim, at least 1; capped where it is used."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """All clients, keyed and ordered by client name."""
+
+    members: Mapping[str, Member]
+    form: str
+    manifest: wire.Manifest
+    versions: Mapping[str, str]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All groups, sorted."""
+        return tuple(sorted({m.group for m in self.members.values()}))
+
+    def group_sizes(self) -> dict[str, int]:
+        """Return the summed size claims of each group."""
+        sizes = dict.fromkeys(self.groups, 0)
+        for m in self.members.values():
+            sizes[m.group] += m.size
+        return sizes
+
+    def sample(self, seed: int, round_: int, count: int) -> tuple[str, ...]:
+        """Return ``count`` clients drawn uniformly for a round (0: all), sorted by name."""
+        names = list(self.members)
+        if count <= 0 or count >= len(names):
+            return tuple(names)
+        chosen = generator(seed, "sample", round_).choice(len(names), size=count, replace=False)
+        return tuple(names[i] for i in sorted(int(i) for i in chosen))
+
+    def jobs(self, clients: Sequence[str], at_most: int) -> list[tuple[int, tuple[str, ...]]]:
+        """Return (node, clients) for each message: the clients of a node, ``at_most`` at a time."""
+        by_node: dict[int, list[str]] = {}
+        for name in sorted(clients):
+            by_node.setdefault(self.members[name].node, []).append(name)
+        return [
+            (node, tuple(names[i : i + at_most]))
+            for node, names in sorted(by_node.items(), key=lambda entry: entry[1][0])
+            for i in range(0, len(names), at_most)
+        ]
+
+
+def build(hellos: Iterable[tuple[int, wire.Hello]]) -> Directory:
+    """Merge the answers of all nodes.
+
+    Raises ``RunFailed`` when two nodes host the same client, or when model, tokenizer, data form
+    or library versions that must agree do not; the message names what differs, never data.
+    """
+    members: dict[str, Member] = {}
+    first: wire.Hello | None = None
+    for node, hello in sorted(hellos, key=lambda entry: entry[1].clients[:1]):
+        if not hello.clients:
+            continue
+        if first is None:
+            first = hello
+        if hello.manifest != first.manifest:
+            differing = [
+                name
+                for name in ("base_revision", "tokenizer_hash", "rank", "alpha", "layout")
+                if getattr(hello.manifest, name) != getattr(first.manifest, name)
+            ]
+            raise RunFailed(
+                f"nodes hold different models: {', '.join(differing)} differ between the nodes of "
+                f"'{first.clients[0]}' and '{hello.clients[0]}'. All must load the same base."
+            )
+        if hello.form != first.form:
+            raise RunFailed("some clients hold survey data, others pairs; one run uses one form.")
+        for i, client in enumerate(hello.clients):
+            if client in members:
+                raise RunFailed(f"client '{client}' is hosted by two nodes; names must be unique.")
+            members[client] = Member(
+                client,
+                hello.groups[i],
+                node,
+                hello.train[i],
+                hello.validation[i],
+                hello.test[i],
+                max(1, hello.size[i]),
+            )
+    if first is None:
+        raise RunFailed("no node hosts a client: nothing to train. Check the data settings.")
+    ordered = {name: members[name] for name in sorted(members)}
+    return Directory(ordered, first.form, first.manifest, first.versions)

@@ -1,0 +1,362 @@
+"""The run loop: phases, attempts, early stop, resume.  Thin; the strategy's hooks do the work.
+
+Phases, each committed by the rename of the checkpoint::
+
+    hello     who is there (asked anew whenever a process starts; never committed)
+    base      score the untouched base on validation and test; starts the histories
+    train     rounds 1..T
+    final     score the final adapter on validation and test
+    personal  local steps that never leave the clients; only test scores come back
+
+A commit is: rows to the ledger (one transaction) -> checkpoint written aside and renamed -> the
+ledger told that the rows count.  Killed anywhere, a run resumes after the last rename; an attempt
+that was not committed is repeated as a new attempt from the same keyed draws, so the result is
+bit-equal to a run that was never disturbed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedalign import wire
+from fedalign.aggregation.adapters import initial_adapter
+from fedalign.aggregation.records import RuleState
+from fedalign.config import Config, config_hash, resolve_metric, to_flat, to_json
+from fedalign.errors import ConfigError, ResumeError, RunFailed, WireError
+from fedalign.ledger import ClientRow, Ledger
+from fedalign.models.layout import pack
+from fedalign.report.html import build_report
+from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
+from server import checkpoint as checkpoints
+from server.checkpoint import Checkpoint
+from server.directory import Directory, build
+from server.export import write_adapter
+from server.progress import Progress
+from server.strategy import GroupStrategy, QuorumMissed
+
+HELLO_TIMEOUT = 600.0
+"""Seconds a node may take to load the model and the data."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run reports to the command that started it."""
+
+    folder: Path
+    report: Path
+    rounds: int
+    option_mass_ok: bool
+
+
+def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) -> Outcome:
+    """Run, or go on with, the federation described by ``config``; ``config.run.out`` is prepared.
+
+    Raises ``RunFailed`` when a phase misses its quorum ``run.max-attempts`` times, and
+    ``ResumeError`` when the folder's run has other settings.
+    """
+    folder = Path(config.run.out)
+    with Ledger(folder / LEDGER) as ledger:
+        progress.phase("hello", "loading model and data")
+        directory = _hello(grid, config, poll)
+        metric = resolve_metric(config, directory.form)
+        _check_possible(config, directory, metric)
+        state = _open(folder, config, directory, ledger, progress)
+        strategy = GroupStrategy(config, directory, ledger, folder, metric)
+        strategy.state = state.rule_state
+        ledger.put_run(
+            config=to_flat(config),
+            config_hash=config_hash(config),
+            metric=metric,
+            form=directory.form,
+            versions=dict(directory.versions),
+            manifest=directory.manifest.to_json(),
+            status="running",
+        )
+        ledger.put_clients(
+            [
+                ClientRow(m.client, m.group, directory.form, m.train, m.validation, m.test, m.size)
+                for m in directory.members.values()
+            ]
+        )
+        progress.start(
+            str(folder), len(directory.members), len(directory.groups), config.run.rounds
+        )
+        try:
+            run = _Run(grid, config, strategy, ledger, folder, progress, poll, state)
+            run.base()
+            run.train()
+            run.final()
+            run.personal()
+        except RunFailed as error:
+            ledger.event("run-failed", str(error))
+            ledger.put_run(status="failed")
+            raise
+        shutil.rmtree(folder / SPOOL, ignore_errors=True)
+        mass_ok = _option_mass_ok(ledger, config)
+        ledger.put_run(status="completed" if mass_ok else "failed: option mass")
+        write_adapter(run.state, ledger, folder / ADAPTER)
+    progress.phase("report")
+    return Outcome(folder, build_report(folder), run.state.round, mass_ok)
+
+
+class _Run:
+    """One process's part of a run: every method does what is left of its phase."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: Config,
+        strategy: GroupStrategy,
+        ledger: Ledger,
+        folder: Path,
+        progress: Progress,
+        poll: float,
+        state: Checkpoint,
+    ) -> None:
+        self.grid = grid
+        self.config = config
+        self.strategy = strategy
+        self.ledger = ledger
+        self.folder = folder
+        self.progress = progress
+        self.poll = poll
+        self.state = state
+        self._arrays = wire.adapter_record(state.adapter)
+
+    def base(self) -> None:
+        """Score the untouched base; its validation scores are the histories' cold start."""
+        if self.state.commits:
+            return
+        self.progress.phase("base", "scoring the untouched base")
+        self._evaluate("base", 0)
+        self._commit("base", 0, rule_state=self.strategy.state)
+
+    def train(self) -> None:
+        """Do the rounds that are left."""
+        while not self.state.training_done:
+            round_ = self.state.round + 1
+            self._attempts("train", round_, self._train_round)
+            result = self.strategy.result
+            assert result is not None
+            assert self.strategy.spool is not None
+            best, since = self._early_stop(result.scores)
+            patience = self.config.run.early_stop_patience
+            stop = patience > 0 and since >= patience
+            self._commit(
+                "train",
+                round_,
+                round=round_,
+                adapter=result.adapter,
+                rule_state=result.state,
+                best=best,
+                rounds_since_best=since,
+                training_done=stop or round_ >= self.config.run.rounds,
+            )
+            self.strategy.spool.delete()
+            self._arrays = wire.adapter_record(result.adapter)
+            if stop:
+                self.ledger.event("early-stop", phase="train", round=round_)
+            self.progress.round(round_, self.config.run.rounds, result.scores, result.weights)
+
+    def final(self) -> None:
+        """Score the final shared adapter."""
+        if self.state.phase not in ("train",):
+            return
+        self.progress.phase("final", "scoring the shared adapter on test")
+        self._evaluate("final", self.state.round)
+        self._commit("final", self.state.round)
+
+    def personal(self) -> None:
+        """Let every client adapt on its own; nothing but test scores comes back."""
+        if self.state.phase != "final" or self.config.personal.steps == 0:
+            return
+        self.progress.phase("personal", "local steps that stay with the clients")
+        self._attempts("personal", self.state.round, self._personal)
+        self._commit("personal", self.state.round)
+
+    # --- one attempt --------------------------------------------------------------------------
+
+    def _train_round(self, round_: int) -> None:
+        messages = self.strategy.configure_train(round_, self._arrays, ConfigRecord(), self.grid)
+        self.strategy.aggregate_train(round_, self._exchange(messages))
+
+    def _personal(self, round_: int) -> None:
+        messages = self.strategy.configure_personal(round_, self._arrays)
+        self.strategy.aggregate_personal(round_, self._exchange(messages))
+
+    def _evaluate(self, phase: str, round_: int) -> None:
+        config = ConfigRecord({"phase": phase, "splits": "validation,test"})
+
+        def attempt(r: int) -> None:
+            messages = self.strategy.configure_evaluate(r, self._arrays, config, self.grid)
+            self.strategy.aggregate_evaluate(r, self._exchange(messages))
+
+        self._attempts(phase, round_, attempt)
+
+    def _attempts(self, phase: str, round_: int, attempt: Callable[[int], None]) -> None:
+        first = self._next_attempt(phase, round_)
+        for number in range(first, first + self.config.run.max_attempts):
+            self.strategy.attempt = number
+            try:
+                attempt(round_)
+                return
+            except QuorumMissed as error:
+                self.ledger.event(
+                    "round-void", str(error), phase=phase, round=round_, attempt=number
+                )
+                self.progress.warn(str(error))
+                failure = error
+        raise RunFailed(f"gave up after {self.config.run.max_attempts} attempts. {failure}")
+
+    def _next_attempt(self, phase: str, round_: int) -> int:
+        """Attempts are numbered on over restarts: one more than any the ledger has rows of."""
+        return 1 + max(
+            (a for p, r, a in self.ledger.attempts() if (p, r) == (phase, round_)), default=0
+        )
+
+    def _exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Push all messages now; yield replies as they come, until the round's time is over."""
+        waiting = set(self.grid.push_messages(messages))
+        end = time.monotonic() + self.config.run.round_timeout
+        return self._pull(waiting, end)
+
+    def _pull(self, waiting: set[str], end: float) -> Iterator[Message]:
+        while waiting and time.monotonic() < end:
+            got = False
+            for reply in self.grid.pull_messages(list(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                got = True
+                yield reply
+            if not got and waiting:
+                time.sleep(self.poll)
+
+    # --- commit -------------------------------------------------------------------------------
+
+    def _commit(self, phase: str, round_: int, **changes: object) -> None:
+        triple = (phase, round_, self.strategy.attempt)
+        self.state = replace(
+            self.state,
+            phase=phase,
+            commits=(*self.state.commits, triple),
+            **changes,  # type: ignore[arg-type]
+        )
+        checkpoints.save(self.folder / CHECKPOINT, self.state)
+        self.ledger.commit(*triple)
+
+    def _early_stop(self, scores: dict[str, float]) -> tuple[float | None, int]:
+        if self.config.run.early_stop_patience == 0:
+            return None, 0
+        values = list(scores.values())
+        worst = self.config.run.early_stop_on == "worst"
+        value = min(values) if worst else sum(values) / len(values)
+        if self.state.best is None or value > self.state.best:
+            return value, 0
+        return self.state.best, self.state.rounds_since_best + 1
+
+
+def _hello(grid: Grid, config: Config, poll: float) -> Directory:
+    """Ask every online node which clients it hosts."""
+    nodes = list(grid.get_node_ids())
+    end = time.monotonic() + min(HELLO_TIMEOUT, config.run.round_timeout)
+    while not nodes and time.monotonic() < end:
+        time.sleep(max(poll, 0.1))  # Flower registers virtual nodes in the background
+        nodes = list(grid.get_node_ids())
+    request = wire.Request("hello", 0, 1, (), to_json(config))
+    messages = [
+        Message(wire.encode_request(request), n, wire.HELLO, ttl=HELLO_TIMEOUT, group_id="hello")
+        for n in sorted(nodes)
+    ]
+    waiting = set(grid.push_messages(messages))
+    node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+    hellos: list[tuple[int, wire.Hello]] = []
+    reasons: set[str] = set()
+    while waiting and time.monotonic() < end:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            asked = reply.metadata.reply_to_message_id
+            waiting.discard(asked)
+            if reply.has_error():
+                reasons.add(f"flower-error-{reply.error.code}")
+                continue
+            try:
+                hellos.append((node_of[asked], wire.decode_hello(reply.content)))
+            except WireError as error:
+                reasons.add(error.reason)
+        if not replies:
+            time.sleep(poll)
+    if waiting:
+        reasons.add("no-reply")
+    if reasons:
+        raise RunFailed(
+            f"hello: {len(nodes) - len(hellos)} of {len(nodes)} nodes could not start "
+            f"({', '.join(sorted(reasons))}). The cause is in the log of the node; nothing private "
+            "is sent here."
+        )
+    return build(hellos)
+
+
+def _open(
+    folder: Path, config: Config, directory: Directory, ledger: Ledger, progress: Progress
+) -> Checkpoint:
+    """Return the checkpoint to go on from: the run's last, or a fresh start."""
+    path = folder / CHECKPOINT
+    if path.exists():
+        if not config.run.resume:
+            raise ResumeError(f"{folder} holds a run; set run.resume = true to go on with it.")
+        found = checkpoints.load(path)
+        for warning in checkpoints.check_resumable(
+            found, config, directory.manifest, directory.versions
+        ):
+            progress.warn(warning)
+            ledger.event("version-changed", warning)
+        ledger.set_commits(found.commits)
+        ledger.event("resumed", f"after {found.phase} {found.round}")
+        return found
+    manifest = directory.manifest
+    adapter = pack(initial_adapter(dict(manifest.layout), config.run.seed), manifest.layout)
+    return Checkpoint(
+        config_json=to_json(config),
+        config_hash=config_hash(config),
+        manifest_json=manifest.to_json(),
+        versions=dict(directory.versions),
+        phase="",
+        round=0,
+        training_done=False,
+        best=None,
+        rounds_since_best=0,
+        rule_state=RuleState(),
+        commits=(),
+        adapter=np.asarray(adapter, dtype=np.float32),
+    )
+
+
+def _check_possible(config: Config, directory: Directory, metric: str) -> None:
+    if config.run.clients_per_round > len(directory.members):
+        raise ConfigError(
+            f"run.clients-per-round = {config.run.clients_per_round}, but there are "
+            f"{len(directory.members)} clients. Use at most that many, or 0 for all."
+        )
+    empty = [m.client for m in directory.members.values() if not (m.train and m.validation)]
+    if empty:
+        raise RunFailed(f"client '{empty[0]}' has no training or no validation questions.")
+
+
+def _option_mass_ok(ledger: Ledger, config: Config) -> bool:
+    """A run that moved probability off the answer options has failed, whatever its score."""
+    masses = [
+        (s.option_mass, s.n)
+        for s in ledger.scores("shared", "test")
+        if s.option_mass is not None and s.n
+    ]
+    total = sum(n for _, n in masses)
+    if not total:
+        return True
+    return sum(m * n for m, n in masses) / total >= config.score.min_option_mass

@@ -1,0 +1,44 @@
+"""The spool of a round: each client's update in a file of its own until the round is committed.
+
+Keeps the server's memory flat: replies are written as they come, and aggregation reads them back
+one at a time in sorted client order, whatever order they arrived in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedalign import wire
+
+
+class Spool:
+    """Updates of one attempt at a round."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start empty: what an earlier, killed attempt left in ``folder`` is removed."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+
+    def write(self, client: str, update: wire.F32) -> str:
+        """Store one update (P,) float32; return the SHA-256 of its bytes."""
+        path = self.folder / f"{len(self._files):06d}.safetensors"
+        save_file({"update": np.ascontiguousarray(update)}, path)
+        self._files[client] = path
+        return hashlib.sha256(update.tobytes()).hexdigest()
+
+    def read(self) -> Iterator[tuple[str, wire.F32]]:
+        """Yield (client, update) in sorted client order, one in memory at a time."""
+        for client in sorted(self._files):
+            yield client, np.asarray(load_file(self._files[client])["update"], dtype=np.float32)
+
+    def delete(self) -> None:
+        """Remove the folder; called after the commit."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What drives server and clients on one machine: the in-process grid, scenarios, comparisons."""

@@ -1,0 +1,169 @@
+"""Several arms over several seeds on one scenario; every run a full run with a ledger of its own.
+
+An *arm* is a weight rule, optionally with other settings varied
+(``--vary local.reference=base|none`` crosses every rule with every value).  All arms share seeds,
+and a seed fixes population, split, pairs, initial adapter and sampling, so differences between arms
+are paired.
+
+Resumable: a run is finished when its ledger says so under the same configuration hash; an
+interrupted one goes on from its checkpoint.  The personal phase is off unless a setting turns it
+on, since arms are compared by their shared adapter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from fedalign.config import (
+    WEIGHT_RULES,
+    Config,
+    Scalar,
+    config_hash,
+    from_flat,
+    parse_override,
+    to_flat,
+)
+from fedalign.errors import ConfigError, FedalignError
+from fedalign.ledger import Ledger
+from fedalign.runfolder import CHECKPOINT, LEDGER
+from simulations import scenario as scenarios
+from simulations.comparison_report import Run, write_comparison
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of the comparison."""
+
+    name: str
+    settings: tuple[tuple[str, Scalar], ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of an arm."""
+
+    arm: str
+    seed: int
+    config: Config
+
+
+def arms(rules: Sequence[str], vary: Sequence[str]) -> list[Arm]:
+    """Return rules crossed with varied settings, named by what differs."""
+    for rule in rules:
+        if rule not in WEIGHT_RULES:
+            raise ConfigError(f"rule '{rule}' is not one of {', '.join(WEIGHT_RULES)}.")
+    axes: list[list[tuple[str, Scalar]]] = []
+    for text in vary:
+        key, separator, values = text.partition("=")
+        if not separator or not values:
+            raise ConfigError(f"'{text}' varies nothing. Write --vary section.key=a|b.")
+        axes.append([parse_override(f"{key}={v}") for v in values.split("|")])
+    out = []
+    for rule in rules:
+        for choice in itertools.product(*axes):
+            name = " ".join([rule, *(f"{k.split('.', 1)[1]}={v}" for k, v in choice)])
+            out.append(Arm(name, (("weights.rule", rule), *choice)))
+    return out
+
+
+def compare(
+    scenario: str,
+    rules: Sequence[str],
+    seeds: int,
+    out: Path,
+    settings: Sequence[str],
+    vary: Sequence[str],
+    baseline: str,
+    workers: int,
+) -> Path:
+    """Do every run that is not finished, then write the comparison; return its Markdown page."""
+    base = scenarios.load(scenario, ["personal.steps=0", *settings])
+    chosen = arms(rules, vary)
+    baseline = baseline or chosen[0].name
+    if baseline not in [a.name for a in chosen]:
+        raise ConfigError(
+            f"baseline '{baseline}' is not one of the arms: {', '.join(a.name for a in chosen)}."
+        )
+    tasks = [
+        Task(arm.name, seed, _config(base, arm, seed, out))
+        for seed in range(seeds)
+        for arm in chosen
+    ]
+    console = Console(stderr=True, highlight=False)
+    console.print(f"comparison  {out}: {len(chosen)} arms x {seeds} seeds", soft_wrap=True)
+    todo = [t for t in tasks if not finished(t.config)]
+    if len(todo) < len(tasks):
+        console.print(f"{len(tasks) - len(todo)} of {len(tasks)} runs are finished already")
+    _run_all(todo, workers, console)
+    runs = [Run(t.arm, t.seed, Path(t.config.run.out)) for t in tasks]
+    return write_comparison(out, runs, baseline, base, scenario)
+
+
+def finished(config: Config) -> bool:
+    """Say whether this very configuration has completed in its folder."""
+    path = Path(config.run.out) / LEDGER
+    if not path.exists():
+        return False
+    with Ledger(path, readonly=True) as ledger:
+        facts = ledger.run()
+    done = str(facts.get("status", "")).startswith(("completed", "failed: option mass"))
+    return done and facts.get("config_hash") == config_hash(config)
+
+
+def _config(base: Config, arm: Arm, seed: int, out: Path) -> Config:
+    config = from_flat({**to_flat(base), **dict(arm.settings), "run.seed": seed})
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", arm.name).strip("-")
+    folder = out / "runs" / f"{slug}-seed{seed}-{config_hash(config)[:8]}"
+    return replace(config, run=replace(config.run, name=arm.name, out=str(folder)))
+
+
+def _run_all(tasks: Sequence[Task], workers: int, console: Console) -> None:
+    began = time.monotonic()
+
+    def report(done: int, task: Task, seconds: float) -> None:
+        left = (time.monotonic() - began) / done * (len(tasks) - done)
+        console.print(
+            f"[dim]{done:>3}/{len(tasks)}[/]  {task.arm}, seed {task.seed}: {seconds:.1f}s  "
+            f"[dim]~{left / 60:.1f} min left[/]"
+        )
+
+    if workers == 1:
+        for done, task in enumerate(tasks, 1):
+            report(done, task, run_task(task))
+        return
+    # Spawned, not forked: a forked torch may hang in its thread pools.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(run_task, task): task for task in tasks}
+        for done, future in enumerate(as_completed(waiting), 1):
+            report(done, waiting[future], future.result())
+
+
+def run_task(task: Task) -> float:
+    """Do or resume one run; return its seconds.  The folder of another configuration is refused."""
+    from simulations.display import QuietProgress
+    from simulations.simulate import simulate
+
+    began = time.perf_counter()
+    config = task.config
+    folder = Path(config.run.out)
+    if (folder / LEDGER).exists():
+        resume = (folder / CHECKPOINT).exists()
+        if not resume:
+            (folder / LEDGER).unlink()  # stopped before anything was committed
+        config = replace(config, run=replace(config.run, resume=resume))
+    try:
+        simulate(config, QuietProgress())
+    except FedalignError as error:
+        if "option mass" not in str(error):
+            raise  # an arm that loses option mass is a result, and is reported as one
+    return time.perf_counter() - began

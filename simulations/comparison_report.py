@@ -1,0 +1,380 @@
+"""What a comparison says: means, paired differences, two kinds of interval, a plot, plain words.
+
+For each arm and metric: mean over seeds with a t interval.  For each arm against the baseline: the
+mean paired difference with (a) a t interval over seeds and (b) a bootstrap interval over questions
+(one resample of questions for both arms and all groups, differences averaged over seeds).  A
+difference counts as *within noise* unless both intervals exclude 0; with fewer than 3 seeds there
+is no interval and no verdict.
+
+``worst`` is the minimum over groups on test, which is biased down by noise.  Beside it stands
+``worst_at_base``: the test score of the group that was worst on *validation* at the untouched base,
+the same group for all arms of a seed and chosen without looking at test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedalign.config import Config, to_flat
+from fedalign.ledger import Ledger
+from fedalign.metrics.intervals import (
+    Interval,
+    bootstrap_difference,
+    paired_difference,
+    seed_interval,
+)
+from fedalign.runfolder import LEDGER, SUMMARY
+
+METRICS = ("average", "worst", "worst_at_base", "fairness_index", "gap", "option_mass")
+SHOWN = ("average", "worst", "worst_at_base", "fairness_index", "option_mass")
+NOISE = "within noise"
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    arm: str
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One arm minus the baseline, for one metric."""
+
+    arm: str
+    metric: str
+    seeds: Interval | None
+    questions: tuple[float, float] | None
+    """95 % bootstrap interval over questions, mean over seeds."""
+    verdict: str
+
+
+def write_comparison(
+    out: Path, runs: Sequence[Run], baseline: str, config: Config, scenario: str
+) -> Path:
+    """Write comparison.json, comparison.svg, comparison.md into ``out``; return the page."""
+    table = {arm: _by_seed([r for r in runs if r.arm == arm]) for arm in _arms(runs)}
+    items = {(r.arm, r.seed): _items(r.folder) for r in runs}
+    differences = [
+        _difference(table, items, arm, baseline, metric)
+        for arm in table
+        if arm != baseline
+        for metric in METRICS
+        if all(metric in values for values in (*table[arm].values(), *table[baseline].values()))
+    ]
+    extra = {arm: _extras([r for r in runs if r.arm == arm]) for arm in table}
+    data = {
+        "scenario": scenario,
+        "baseline": baseline,
+        "settings": to_flat(config),
+        "seeds": sorted({r.seed for r in runs}),
+        "values": {a: {str(s): v for s, v in by.items()} for a, by in table.items()},
+        "extras": extra,
+        "differences": [asdict(d) for d in differences],
+    }
+    _write(out / "comparison.json", json.dumps(data, indent=1, sort_keys=True))
+    _plot(out / "comparison.svg", table, extra)
+    page = out / "comparison.md"
+    _write(page, _page(table, extra, differences, baseline, config, scenario))
+    return page
+
+
+def _arms(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(r.arm for r in runs))
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int, dict[str, float]]:
+    return {r.seed: _values(r.folder) for r in runs}
+
+
+def _values(folder: Path) -> dict[str, float]:
+    """Return the shared adapter's test metrics of one run."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    values = {
+        m: float(summary[f"shared/{m}"])
+        for m in METRICS
+        if isinstance(summary.get(f"shared/{m}"), float)
+    }
+    group = _worst_at_base(folder)
+    key = f"shared/group/{group}/score"
+    if key in summary:
+        values["worst_at_base"] = float(summary[key])
+    return values
+
+
+def _worst_at_base(folder: Path) -> str:
+    """Return the group with the lowest validation score of the untouched base."""
+    totals: dict[str, tuple[float, int]] = {}
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
+        for row in ledger.scores("base", "validation"):
+            if row.score is not None:
+                total, n = totals.get(row.group, (0.0, 0))
+                totals[row.group] = (total + row.score * row.n, n + row.n)
+    return min(sorted(totals), key=lambda g: totals[g][0] / totals[g][1])
+
+
+def _extras(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return base, uniform, optimum and attained shares, by seed, where they are defined."""
+    names = (
+        "base/average",
+        "base/worst",
+        "reference/uniform/average",
+        "reference/uniform/worst",
+        "reference/mean_of_groups/average",
+        "reference/mean_of_groups/worst",
+        "reference/optimum_average/average",
+        "reference/optimum_worst/worst",
+        "attained/average",
+        "attained/worst",
+    )
+    out: dict[str, dict[str, float]] = {}
+    for run in runs:
+        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        for name in names:
+            if isinstance(summary.get(name), float):
+                out.setdefault(name, {})[str(run.seed)] = float(summary[name])
+    return out
+
+
+def _items(folder: Path) -> dict[str, dict[str, float]]:
+    """Return question -> group -> test score of the shared adapter."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
+        for row in ledger.items("shared", "test"):
+            found.setdefault(row.question, {}).setdefault(row.group, []).append(row.score)
+    return {q: {g: float(np.mean(v)) for g, v in by.items()} for q, by in found.items()}
+
+
+def _difference(
+    table: Mapping[str, Mapping[int, Mapping[str, float]]],
+    items: Mapping[tuple[str, int], dict[str, dict[str, float]]],
+    arm: str,
+    baseline: str,
+    metric: str,
+) -> Difference:
+    a = {s: v[metric] for s, v in table[arm].items()}
+    b = {s: v[metric] for s, v in table[baseline].items()}
+    seeds = paired_difference(a, b)
+    questions = _question_interval(items, sorted(a), arm, baseline, metric)
+    if seeds is None:
+        return Difference(arm, metric, None, questions, "no interval (fewer than 3 seeds)")
+    lows, highs = [seeds.low], [seeds.high]
+    if questions is not None:
+        lows.append(questions[0])
+        highs.append(questions[1])
+    higher_is_better = metric != "gap"
+    if min(lows) > 0:
+        verdict = "better" if higher_is_better else "worse"
+    elif max(highs) < 0:
+        verdict = "worse" if higher_is_better else "better"
+    else:
+        verdict = NOISE
+    return Difference(arm, metric, seeds, questions, verdict)
+
+
+def _question_interval(
+    items: Mapping[tuple[str, int], dict[str, dict[str, float]]],
+    seeds: Sequence[int],
+    arm: str,
+    baseline: str,
+    metric: str,
+) -> tuple[float, float] | None:
+    """Average the seeds' question intervals: each seed asks its own test questions."""
+    lows, highs = [], []
+    for seed in seeds:
+        a, b = items[(arm, seed)], items[(baseline, seed)]
+        if not a or {q: set(x) for q, x in a.items()} != {q: set(x) for q, x in b.items()}:
+            return None
+        found = bootstrap_difference(a, b, seed, DRAWS).get(metric)
+        if found is None:
+            return None
+        lows.append(found.low - found.centre)
+        highs.append(found.high - found.centre)
+    centre = float(
+        np.mean(
+            [
+                bootstrap_difference(items[(arm, s)], items[(baseline, s)], s, 1)[metric].centre
+                for s in seeds
+            ]
+        )
+    )
+    # Seeds ask different questions, so their errors are independent: half-widths add in quadrature.
+    low = float(np.sqrt(np.sum(np.square(lows)))) / len(seeds)
+    high = float(np.sqrt(np.sum(np.square(highs)))) / len(seeds)
+    return centre - low, centre + high
+
+
+def _page(
+    table: Mapping[str, Mapping[int, Mapping[str, float]]],
+    extra: Mapping[str, Mapping[str, Mapping[str, float]]],
+    differences: Sequence[Difference],
+    baseline: str,
+    config: Config,
+    scenario: str,
+) -> str:
+    seeds = len(next(iter(table.values())))
+    local, weights = config.local, config.weights
+    lines = [
+        f"# Comparison: {scenario}",
+        "",
+        f"{len(table)} arms, {seeds} seeds, {config.run.rounds} rounds of {local.steps} steps. "
+        f"Score {config.score.metric}, labels {local.labels}, reference {local.reference}, "
+        f"beta {local.beta:g}, temperature {weights.temperature:g}, decay {weights.decay:g}, "
+        f"aggregation {config.aggregation.method} (unless the arm's name says otherwise). "
+        "Test questions, shared adapter. 95 % t intervals over seeds.",
+        "",
+        "| arm | " + " | ".join(SHOWN) + " | attained average | attained worst |",
+        "|---" * (len(SHOWN) + 3) + "|",
+    ]
+    for arm, by_seed in table.items():
+        cells = [_mean_cell([v[m] for v in by_seed.values() if m in v]) for m in SHOWN]
+        cells += [
+            _mean_cell(list(extra[arm].get(f"attained/{n}", {}).values()), 2)
+            for n in ("average", "worst")
+        ]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    first = next(iter(extra.values()))
+    for name, title in (
+        ("base", "untouched base"),
+        ("reference/uniform", "uniform answerer"),
+        ("reference/mean_of_groups", "mean of groups (oracle)"),
+    ):
+        if f"{name}/average" in first:
+            average = _mean_cell(list(first[f"{name}/average"].values()))
+            worst = _mean_cell(list(first[f"{name}/worst"].values()))
+            lines.append(f"| *{title}* | {average} | {worst} |" + " |" * len(SHOWN))
+    best_average = first.get("reference/optimum_average/average")
+    best_worst = first.get("reference/optimum_worst/worst")
+    if best_average and best_worst:
+        lines.append(
+            "| *attainable optimum (average and worst: different policies)* | "
+            f"{_mean_cell(list(best_average.values()))} | {_mean_cell(list(best_worst.values()))} |"
+            + " |"
+            * len(SHOWN)
+        )
+    lines += [
+        "",
+        f"## Against {baseline}",
+        "",
+        "Mean paired difference, [95 % over seeds], {95 % over questions}. A difference counts "
+        "only when both intervals exclude 0.",
+        "",
+        "| arm | metric | difference | verdict |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {d.arm} | {d.metric} | {_difference_cell(d)} | {d.verdict} |" for d in differences
+    ]
+    noise = [f"{d.arm} ({d.metric})" for d in differences if d.verdict == NOISE]
+    clear = [d for d in differences if d.verdict in ("better", "worse")]
+    lines += ["", "## In words", ""]
+    lines += [
+        f"- {d.arm} is {d.verdict} than {baseline} on {d.metric}: "
+        f"{d.seeds.centre:+.4f} [{d.seeds.low:+.4f}, {d.seeds.high:+.4f}]."
+        for d in clear
+        if d.seeds is not None
+    ]
+    if noise:
+        lines.append(f"- Within noise: {', '.join(noise)}.")
+    if not clear:
+        lines.append("- No difference is measurable at this size.")
+    lines += ["", "![average against worst group](comparison.svg)", ""]
+    return "\n".join(lines)
+
+
+def _mean_cell(values: Sequence[float], digits: int = 3) -> str:
+    if not values:
+        return "not defined"
+    interval = seed_interval(values)
+    mean = float(np.mean(values))
+    if interval is None:
+        return f"{mean:.{digits}f} (no interval)"
+    return f"{mean:.{digits}f} ± {interval.high - interval.centre:.{digits}f}"
+
+
+def _difference_cell(d: Difference) -> str:
+    questions = "" if d.questions is None else f" {{{d.questions[0]:+.4f}, {d.questions[1]:+.4f}}}"
+    if d.seeds is None:
+        return "no interval" + questions
+    return f"{d.seeds.centre:+.4f} [{d.seeds.low:+.4f}, {d.seeds.high:+.4f}]{questions}"
+
+
+def _plot(
+    path: Path,
+    table: Mapping[str, Mapping[int, Mapping[str, float]]],
+    extra: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> None:
+    """Average against worst group: a light dot a seed, a cross with intervals an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fedalign"
+    from matplotlib import pyplot as plt
+
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    figure, axes = plt.subplots(figsize=(7.5, 5.5))
+    for i, (arm, by_seed) in enumerate(table.items()):
+        x = [v["average"] for v in by_seed.values() if "average" in v]
+        y = [v["worst"] for v in by_seed.values() if "worst" in v]
+        if not x or len(x) != len(y):
+            continue
+        colour = colours[i % len(colours)]
+        axes.scatter(x, y, s=14, color=colour, alpha=0.35, linewidths=0)
+        ix, iy = seed_interval(x), seed_interval(y)
+        axes.errorbar(
+            float(np.mean(x)),
+            float(np.mean(y)),
+            xerr=None if ix is None else ix.high - ix.centre,
+            yerr=None if iy is None else iy.high - iy.centre,
+            color=colour,
+            marker="os^DvP*X"[(i // len(colours)) % 8],
+            capsize=2,
+            lw=1.3,
+            ms=6,
+            label=arm,
+        )
+    first = next(iter(extra.values()))
+    marks = (
+        ("base", "base/average", "base/worst", "x"),
+        ("uniform answerer", "reference/uniform/average", "reference/uniform/worst", "+"),
+    )
+    for label, a, w, marker in marks:
+        if a in first and w in first:
+            axes.scatter(
+                float(np.mean(list(first[a].values()))),
+                float(np.mean(list(first[w].values()))),
+                marker=marker,
+                color="#555555",
+                s=50,
+                label=label,
+            )
+    best = (
+        first.get("reference/optimum_average/average"),
+        first.get("reference/optimum_worst/worst"),
+    )
+    if best[0] and best[1]:
+        axes.axvline(float(np.mean(list(best[0].values()))), color="#999999", lw=0.8, ls=":")
+        axes.axhline(float(np.mean(list(best[1].values()))), color="#999999", lw=0.8, ls=":")
+        axes.set_title("dotted: best attainable average and worst group", fontsize=9, loc="left")
+    axes.set_xlabel("average over groups (test, higher is better)")
+    axes.set_ylabel("worst group (test, higher is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,50 @@
+"""Scenarios: named TOML files of settings, packaged beside the code or given by path.
+
+Order of precedence, last wins: defaults, scenario file, ``--set`` overrides, command options.
+Relative paths given on the command line are made absolute from the working directory, because a
+runner may work elsewhere.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedalign.config import Config, Scalar, flatten, from_flat, parse_override
+from fedalign.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "scenarios"
+PATH_KEYS = ("data.path", "run.out")
+
+
+def packaged() -> dict[str, Path]:
+    """Return the packaged scenarios by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def load(
+    scenario: str, overrides: Sequence[str] = (), options: Mapping[str, Scalar] | None = None
+) -> Config:
+    """Return the configuration of a scenario (a packaged name or the path of a TOML file)."""
+    flat: dict[str, Scalar] = {}
+    path = packaged().get(scenario) or Path(scenario)
+    if scenario == "default" and not path.exists():
+        path = Path()  # a bundle carries code only; the defaults are the default scenario
+    elif not path.is_file():
+        raise ConfigError(
+            f"no scenario '{scenario}'. Packaged: {', '.join(packaged())}; or give the path of a "
+            "TOML file."
+        )
+    if path != Path():
+        try:
+            flat.update(flatten(tomllib.loads(path.read_text(encoding="utf-8"))))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    flat.update(parse_override(text) for text in overrides)
+    flat.update(options or {})
+    for key in PATH_KEYS:
+        value = str(flat.get(key, ""))
+        if value and flat.get("data.source") != "hf":
+            flat[key] = str(Path(value).expanduser().resolve())
+    return from_flat(flat)

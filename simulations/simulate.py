@@ -1,0 +1,82 @@
+"""One simulated run: population, references, server and clients on this machine.
+
+The in-process grid is the default; ``flower`` runs the same two apps under Flower's simulation
+engine (Ray).  Here the researcher holds all data, so the attainable optimum and other reference
+answerers are computed from the population and written to the ledger before training starts.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from clients.app import app as client_app
+from clients.store import population
+from fedalign.compat import become_flower_process, quiet_flower
+from fedalign.config import Config, resolve_metric
+from fedalign.errors import ConfigError
+from fedalign.ledger import Ledger
+from fedalign.runfolder import LEDGER, prepare
+from server.app import make_app
+from server.progress import Progress
+from server.run import Outcome
+from simulations.grid import InProcessGrid
+from simulations.references import references
+
+ENGINES = ("inprocess", "flower")
+
+
+def simulate(
+    config: Config, progress: Progress, engine: str = "inprocess", nodes: int = 1
+) -> Outcome:
+    """Run the whole federation; return where the results are.
+
+    Args:
+        config: the run; ``run.out`` may be empty (a new folder is made).
+        progress: receives what happens.
+        engine: ``inprocess`` or ``flower`` (needs the extra ``fedalign[ray]``).
+        nodes: virtual nodes the clients are dealt over.
+
+    Raises ``DataError``, ``ConfigError``, ``RunFailed`` and ``ResumeError``.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine '{engine}' is not one of {', '.join(ENGINES)}.")
+    quiet_flower()
+    progress.phase("population", "reading preferences")
+    clients = population(config)
+    config = prepare(config)
+    resolve_metric(config, clients[0].form)
+    with Ledger(Path(config.run.out) / LEDGER) as ledger:
+        ledger.put_references(references(config, clients))
+    outcomes: list[Outcome] = []
+    app = make_app(config, progress, outcomes.append)
+    if engine == "inprocess":
+        become_flower_process()
+        context = Context(1, 0, {}, RecordDict(), {})
+        app(InProcessGrid(client_app, nodes), context)
+    else:
+        _run_flower(app, nodes)
+    return outcomes[0]
+
+
+def _run_flower(app: object, nodes: int) -> None:
+    """Run under Flower's simulation engine; its exceptions reach the caller."""
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "engine 'flower' needs Ray. Install it with: pip install 'fedalign[ray]'"
+        ) from None
+    from flwr.simulation import run_simulation
+
+    become_flower_process()
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError("engine 'flower' must be started from the main thread.")
+    run_simulation(
+        server_app=app,  # type: ignore[arg-type]
+        client_app=client_app,
+        num_supernodes=nodes,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+    )
