@@ -95,7 +95,7 @@ def main() -> None:
             "trl": lambda job=job: train_trl(model, [job], settings, 0),
         }
         times: dict[str, list[float]] = {engine: [] for engine in engines}
-        for engine, run in engines.items():
+        for run in engines.values():
             timed(run)
         for _ in range(arguments.rounds):
             for engine, run in engines.items():

@@ -150,6 +150,7 @@ class ResidentTrainer:
                     name,
                     wire.OK,
                     score,
+                    result.metrics["loss"],
                     result.metrics["loss_first"],
                     result.metrics["loss_last"],
                     self._prepare(name).data.examples,

@@ -193,6 +193,8 @@ class ScoreConfig:
     ``cosine``. Pairs: ``pair_accuracy``. ``auto``: js_divergence for survey data."""
     items: bool = True
     """Send per-question test scores to the server (needed for the fairness index)."""
+    seen: bool = False
+    """Also score training questions at the base and at the end (what was *seen*); never used."""
     min_option_mass: float = 0.9
     """A run whose option mass ends below this counts as failed."""
 
@@ -388,9 +390,10 @@ def validate(config: Config) -> None:
             f"local.label-noise = {local.label_noise} has no effect on loss '{local.loss}'. "
             "Use loss 'conservative' or 'robust', or set it to 0."
         )
-    for name in ("data.path", "run.out"):
+    paths = ("run.out",) if config.data.source == "hf" else ("data.path", "run.out")
+    for name in paths:
         given = str(flat[name])
-        if given and config.data.source != "hf" and not Path(given).is_absolute():
+        if given and not Path(given).is_absolute():
             raise ConfigError(
                 f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
             )

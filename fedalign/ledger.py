@@ -54,7 +54,6 @@ from fedalign.ledger_rows import (
 )
 
 __all__ = [
-    "FILE_NAME",
     "ClientRow",
     "CurveRow",
     "DiscardedRow",
@@ -70,7 +69,6 @@ __all__ = [
     "canonical_rows",
 ]
 
-FILE_NAME = "ledger.sqlite"
 BUSY_SECONDS = 30.0
 
 Row = TypeVar("Row")

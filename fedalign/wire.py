@@ -9,7 +9,8 @@ hello       client names, groups, question counts, size claims; model manifest; 
 score       per client and split: mean score, questions, option mass, score of a uniform answerer;
             on test, when ``score.items`` is on: question keys (hashes) and their scores
 train       LoRA factors, float32 (k, P); validation score of the *received* adapter and its
-            question count, option mass, uniform score; loss (first, last), pairs, steps, seconds
+            question count, option mass, uniform score; loss (mean, first, last), pairs, steps,
+            seconds
 personal    per client and stage: test score, question count, option mass; question scores as above
 ==========  ====================================================================================
 
@@ -194,6 +195,8 @@ class TrainReply:
     client: str
     status: int
     score: Score | None = None
+    loss: float = 0.0
+    """Mean training loss over the steps."""
     loss_first: float = 0.0
     loss_last: float = 0.0
     pairs: int = 0
@@ -393,6 +396,7 @@ def encode_train(replies: Sequence[TrainReply], updates: F32) -> RecordDict:
     """Return the answer to ``train``; ``updates`` (k, P) float32, zero rows for failed clients."""
     metrics: dict[str, list[int] | list[float]] = {"status": [r.status for r in replies]}
     metrics.update(_score_columns("received", [r.score for r in replies]))
+    metrics["loss"] = [float(r.loss) for r in replies]
     metrics["loss-first"] = [float(r.loss_first) for r in replies]
     metrics["loss-last"] = [float(r.loss_last) for r in replies]
     metrics["pairs"] = [r.pairs for r in replies]
@@ -422,6 +426,7 @@ def decode_train(
     columns = _columns(m, "received", k)
     try:
         first, last = _floats(m["loss-first"], k), _floats(m["loss-last"], k)
+        loss = _floats(m["loss"], k)
         pairs, steps = _ints(m["pairs"], k), _ints(m["steps"], k)
         seconds = _floats(m["seconds"], k)
     except (KeyError, TypeError, ValueError):
@@ -432,12 +437,14 @@ def decode_train(
             replies.append(TrainReply(client, status[i]))
             continue
         score = _score(columns, i, (), low)
-        finite = bool(np.isfinite(updates[i]).all()) and math.isfinite(first[i] + last[i])
+        finite = bool(np.isfinite(updates[i]).all()) and math.isfinite(loss[i] + first[i] + last[i])
         if score is None or not finite:
             replies.append(TrainReply(client, NON_FINITE))
             continue
         replies.append(
-            TrainReply(client, OK, score, first[i], last[i], pairs[i], steps[i], seconds[i])
+            TrainReply(
+                client, OK, score, loss[i], first[i], last[i], pairs[i], steps[i], seconds[i]
+            )
         )
     return replies, updates
 

@@ -7,6 +7,7 @@ command builds the app itself, from the configuration handed to :func:`make_app`
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 
 from flwr.app import Context
@@ -33,8 +34,9 @@ def make_app(
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         check_installed_version()
+        if config is None:
+            _log_to_stream()
         settings = config or prepare(from_flat(context.run_config))
-        logging.getLogger("fedalign").setLevel(logging.INFO)
         outcome = execute(grid, settings, progress or LogProgress())
         if done is not None:
             done(outcome)
@@ -47,6 +49,17 @@ def make_app(
             )
 
     return server_app
+
+
+def _log_to_stream() -> None:
+    """Print our log lines: Flower streams what the app prints and handles its own loggers only."""
+    logger = logging.getLogger("fedalign")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("fedalign: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 app = make_app()

@@ -79,6 +79,7 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
             versions=dict(directory.versions),
             manifest=directory.manifest.to_json(),
             status="running",
+            started=time.time(),
         )
         ledger.put_clients(
             [
@@ -97,7 +98,7 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
             run.personal()
         except RunFailed as error:
             ledger.event("run-failed", str(error))
-            ledger.put_run(status="failed")
+            ledger.put_run(status=f"failed: {error}")
             raise
         shutil.rmtree(folder / SPOOL, ignore_errors=True)
         mass_ok = _option_mass_ok(ledger, config)
@@ -193,7 +194,7 @@ class _Run:
         self.strategy.aggregate_personal(round_, self._exchange(messages))
 
     def _evaluate(self, phase: str, round_: int) -> None:
-        config = ConfigRecord({"phase": phase, "splits": "validation,test"})
+        config = ConfigRecord({"phase": phase, "splits": ",".join(self.strategy.splits)})
 
         def attempt(r: int) -> None:
             messages = self.strategy.configure_evaluate(r, self._arrays, config, self.grid)

@@ -84,6 +84,9 @@ class GroupStrategy(Strategy):
         self.folder = folder
         self.metric = metric
         self.score_low = SCORE_LOW[metric]
+        self.splits = (
+            ("validation", "test", "train") if config.score.seen else ("validation", "test")
+        )
         self.state = RuleState()
         self.attempt = 1
         self.spool: Spool | None = None
@@ -189,7 +192,7 @@ class GroupStrategy(Strategy):
         """Record the scores of phase ``base`` or ``final``; the base starts the histories."""
         phase = "base" if server_round == 0 else "final"
         stage = "base" if server_round == 0 else "shared"
-        rows = self._score_rows(phase, server_round, replies, ("validation", "test"))
+        rows = self._score_rows(phase, server_round, replies, self.splits)
         scores: list[ScoreRow] = []
         items: list[ItemRow] = []
         for row in rows:
@@ -393,7 +396,7 @@ class GroupStrategy(Strategy):
                 examples=r.pairs,
                 norm=combined.norms[c],
                 array_hash=hashes[c],
-                loss=r.loss_last,
+                loss=r.loss,
                 steps=r.steps,
             )
             for c, r in sorted(usable.items())

@@ -7,6 +7,8 @@ answerers are computed from the population and written to the ledger before trai
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import threading
 from pathlib import Path
 
@@ -63,12 +65,8 @@ def simulate(
 
 def _run_flower(app: object, nodes: int) -> None:
     """Run under Flower's simulation engine; its exceptions reach the caller."""
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "engine 'flower' needs Ray. Install it with: pip install 'fedalign[ray]'"
-        ) from None
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine 'flower' needs Ray. Install it with: pip install 'fedalign[ray]'")
     from flwr.simulation import run_simulation
 
     become_flower_process()
@@ -78,5 +76,9 @@ def _run_flower(app: object, nodes: int) -> None:
         server_app=app,  # type: ignore[arg-type]
         client_app=client_app,
         num_supernodes=nodes,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        # Flower starts an actor on every CPU that Ray counts, and each loads the base model.
+        backend_config={
+            "init_args": {"num_cpus": min(nodes, os.cpu_count() or 1)},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
     )

@@ -167,7 +167,7 @@ class ClientData:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     size: int = 0
-    """What the ``size`` rule counts: people behind the data where known, else training questions."""
+    """What the ``size`` rule counts: people behind the data if known, else training questions."""
 
     def split(self, name: str) -> tuple[Item, ...]:
         """Return the items of ``train``, ``validation`` or ``test``."""

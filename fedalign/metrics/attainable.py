@@ -35,7 +35,6 @@ from fedalign.errors import DataError
 from fedalign.metrics import alignment, fairness
 from fedalign.metrics.best_answer import (
     cosine_answer,
-    frank_wolfe_gap,
     median_answer,
     minimise_distance,
     minimise_jsd,
@@ -155,10 +154,9 @@ def optimum_worst(metric: str, shares: Shares, ordinals: Ordinals | None = None)
             bound, centre = upper, weights
         target, mixture = _master(np.array(served))
         mixed = problem.mix(policies, mixture)
-        for candidate in (mixed, p):
-            value = float(problem.served(candidate).min())
-            if value > best_value:
-                best, best_value = candidate, value
+        for candidate, means in ((mixed, problem.served(mixed)), (p, served[-1])):
+            if float(means.min()) > best_value:
+                best, best_value = candidate, float(means.min())
         if bound - best_value < GAP and problem.concave:
             break
         weights = 0.5 * centre + 0.5 * target
@@ -166,6 +164,19 @@ def optimum_worst(metric: str, shares: Shares, ordinals: Ordinals | None = None)
             break
     gap = max(0.0, bound - best_value) if problem.concave else None
     return problem.answer(best, is_bound=problem.concave, gap=gap)
+
+
+def attained(measured: float, base: float, optimum: float) -> float | None:
+    """Return ``(measured - base) / (optimum - base)``: 0 is the base, 1 the best shared answer.
+
+    None where the base already scores the optimum or more (nothing was left to attain).
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    if not all(math.isfinite(x) for x in (measured, base, optimum)):
+        raise ValueError(f"measured {measured}, base {base}, optimum {optimum}: all must be finite")
+    return None if optimum <= base else (measured - base) / (optimum - base)
 
 
 def collect(
@@ -253,10 +264,9 @@ class _Problem:
             return cosine_answer(self.y, w), 0.0
         if self.ordinals is not None:
             return median_answer(self.y, w, self.ordinals), 0.0
-        p = minimise_jsd(self.y, w, weighted_mean(self.y, w))
+        p, gap = minimise_jsd(self.y, w)
         if self.metric == "js_divergence":
-            slack = np.where(idle, 0.0, scale * frank_wolfe_gap(p, self.y, w))
-            return p, float(slack.sum())
+            return p, float(np.where(idle, 0.0, scale * gap).sum())
         return minimise_distance(self.y, w, p, thorough), None
 
     def mix(self, policies: Sequence[Array], mixture: Array) -> Array:

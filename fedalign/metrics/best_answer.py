@@ -28,8 +28,11 @@ from fedalign.metrics import alignment
 
 Array = NDArray[np.float64]
 
-SETTLED = 1e-10
-"""The iteration stops when no share moves by more than this."""
+CERTIFIED = 1e-9
+"""The iteration stops when no question can gain more than this."""
+STEPS = 400
+NEWTON = (2, 14)
+"""Steps that are Newton steps."""
 TINY = 1e-300
 
 
@@ -44,36 +47,47 @@ def weighted_mean(y: Array, w: Array) -> Array:
     return np.einsum("qg,qgk->qk", w, y) / w.sum(1, keepdims=True)
 
 
-def minimise_jsd(y: Array, w: Array, start: Array, steps: int = 400) -> Array:
-    """Return argmin_p sum_g w_g JSD(p, y_g); w sums to 1 over groups."""
-    p = start.copy()
-    left = np.arange(len(p))  # questions still moving
-    for _ in range(steps):
-        q = _step(p[left], y[left], w[left])
-        moved = np.abs(q - p[left]).max(1)
-        p[left] = q
-        left = left[moved > SETTLED]
-        if not len(left):
+def minimise_jsd(y: Array, w: Array) -> tuple[Array, Array]:
+    """Return argmin_p sum_g w_g JSD(p, y_g), and the certified gap of each question (base 2).
+
+    With r = ln p - sum_g w_g ln m_g, the gradient is r / 2, the plain step sets ln p to ln p - r,
+    and the Frank-Wolfe bound on what is left is (<p, r> - min r) / 2.  The Hessian is diagonal, so
+    Newton steps on ln p are as cheap; they are tried after a few plain steps, and plain steps
+    finish what they leave.
+    """
+    chosen = np.einsum("qg,qgk->qk", w, y) > 0
+    p = weighted_mean(y, w)
+    gap = np.full(len(p), np.inf)
+    left = np.arange(len(p))  # questions not yet certified
+    for step in range(STEPS):
+        here, others, v = np.maximum(p[left], TINY), y[left], w[left]
+        sums = here[:, None, :] + others
+        logs = np.log(here)
+        r = logs - np.einsum("qg,qgk->qk", v, np.log(0.5 * sums))
+        gap[left] = np.maximum((p[left] * r).sum(1) - r.min(1), 0.0) / (2.0 * np.log(2.0))
+        moving = gap[left] > CERTIFIED
+        if not moving.any():
             break
-    return p
+        change = -r
+        if NEWTON[0] <= step < NEWTON[1]:
+            slope = np.maximum(np.einsum("qg,qgk->qk", v, others / sums), 0.05)
+            level = (p[left] * r / slope).sum(1) / (p[left] / slope).sum(1)
+            change = np.clip((level[:, None] - r) / slope, -3.0, 3.0)
+        left, logs = left[moving], (logs + change)[moving]
+        p[left] = _normalised(logs, chosen[left])
+    return p, gap
+
+
+def _normalised(logs: Array, chosen: NDArray[np.bool_]) -> Array:
+    """Return exp(logs), normalised; zero for an option that nobody with weight chose."""
+    q = np.where(chosen, np.exp(logs - logs.max(1, keepdims=True)), 0.0)
+    return np.asarray(q / q.sum(1, keepdims=True), dtype=np.float64)
 
 
 def _step(p: Array, y: Array, w: Array) -> Array:
     """Return the normalised geometric mean of the midpoints (p + y_g) / 2."""
-    logs = np.einsum("qg,qgk->qk", w, np.log(np.maximum(0.5 * (p[:, None, :] + y), TINY)))
-    q = np.exp(logs - logs.max(1, keepdims=True))
-    # An option that nobody with weight chose stays at zero instead of at a floating-point rest.
-    q = np.where(np.einsum("qg,qgk->qk", w, y) > 0, q, 0.0)
-    return np.asarray(q / q.sum(1, keepdims=True), dtype=np.float64)
-
-
-def frank_wolfe_gap(p: Array, y: Array, w: Array) -> Array:
-    """Return, for each question, a bound on what is left to gain in sum_g w_g js_divergence."""
-    safe = np.maximum(p, TINY)
-    m = 0.5 * (safe[:, None, :] + y)
-    gradient = -0.5 * np.einsum("qg,qgk->qk", w, np.log2(safe[:, None, :] / m))
-    # Padding repeats the gradient of an option nobody chose, which is the least possible one.
-    return np.maximum(gradient.max(1) - (p * gradient).sum(1), 0.0)
+    logs = np.einsum("qg,qgk->qk", w, np.log(0.5 * (np.maximum(p, TINY)[:, None, :] + y)))
+    return _normalised(logs, np.einsum("qg,qgk->qk", w, y) > 0)
 
 
 def minimise_distance(y: Array, w: Array, jsd_optimum: Array, thorough: bool) -> Array:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class ResidentModel:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
             self.network.enable_input_require_grads()
-        self.network.eval()
+        self.network.train(False)
         self._factors = _factors(self.peft)
         self.encoded: dict[tuple[str, tuple[str, ...]], Prompt] = {}
         self.layout: Layout = tuple((k, tuple(p.shape)) for k, p in self._factors.items())
@@ -120,7 +120,7 @@ class ResidentModel:
         trainable = [(p, p.requires_grad) for p in self._factors.values()]
         was_training = self.network.training
         before = None if isinstance(kind, str) else self.read()
-        self.network.eval()
+        self.network.train(False)
         try:
             with torch.no_grad():
                 if isinstance(kind, str):
@@ -146,7 +146,7 @@ class ResidentModel:
         try:
             yield
         finally:
-            self.network.eval()
+            self.network.train(False)
 
     def set_trainable(self) -> None:
         """Set which factors train: A and B, or B alone under frozen A."""
@@ -186,7 +186,7 @@ def resolve_targets(network: PreTrainedModel, targets: str, rank: int) -> tuple[
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = network.get_output_embeddings()
+    head: Any = cast(Any, network).get_output_embeddings()
     linear = {
         name: (min(m.weight.shape), m is head)
         for name, m in network.named_modules()

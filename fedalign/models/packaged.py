@@ -2,8 +2,8 @@
 
 A Flower app bundle carries code only, so the shipped weights may be absent where the code runs.
 The pocket is then trained from its seed, which takes about a minute on one core.  With the same
-library versions and processor features that gives the same bytes; otherwise the last bits of the
-weights may differ, and the message on standard error says so.
+library versions and processor features that gives the same bytes; otherwise rounding differs, and
+over the steps the weights drift apart a little.  A message on standard error then says so.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _train_into(folder: Path) -> None:
             shutil.rmtree(made)
     if weights_sha256(folder) != WEIGHTS_SHA256:
         print(
-            "fedalign: the weights differ from the shipped ones in their last bits (other library "
-            "version or processor); results will not be equal bit for bit. All nodes of a run "
-            "must use the same pocket.",
+            "fedalign: the weights differ from the shipped ones (other library version or "
+            "processor): the same recipe with other rounding. Scores will differ a little. All "
+            "nodes of a run must use the same pocket.",
             file=sys.stderr,
             flush=True,
         )

@@ -9,6 +9,7 @@ from typing import Any
 from fedalign.export import public_base_name
 from fedalign.ledger import Ledger
 from fedalign.report.facts import Facts, gather
+from fedalign.report.html import data_text
 from fedalign.report.summary import summarise_facts
 from fedalign.report.verdict import judge
 
@@ -82,11 +83,10 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _opening(facts: Facts) -> str:
-    data = str(facts.run.get("data_name") or facts.setting("data.source", "unknown data"))
     revision = facts.manifest.get("base_revision", "")
     base = _plain(_base(facts)) + (f", revision `{revision[:16]}`" if revision else "")
     return (
-        f"Base model: {base}. Data: {_plain(data)}. {len(facts.rounds)} rounds over "
+        f"Base model: {base}. Data: {_plain(data_text(facts))}. {len(facts.rounds)} rounds over "
         f"{sum(facts.clients.values())} clients; their preferences never left them. Score: "
         f"`{facts.metric}`, higher is better."
     )

@@ -70,8 +70,8 @@ class Facts:
     validation: Series
     """Score of the adapter received in each round."""
     loss: Series
-    discarded: Mapping[str, float]
-    """Group to the largest share of its update (Frobenius norm) that the truncation to rank r
+    discarded: Mapping[str, tuple[float, float]]
+    """Group to (mean, largest) share of its update (Frobenius norm) that the truncation to rank r
     removed, over layers and rounds."""
     events: tuple[EventRow, ...]
     failed_replies: tuple[ReplyRow, ...]
@@ -110,10 +110,10 @@ def gather(ledger: Ledger) -> Facts:
         if w.weight is not None and w.present and w.group in weights:
             weights[w.group][w.round] = w.weight
     failed = [r for c in (True, False) for r in ledger.replies(committed=c) if r.status != "ok"]
-    discarded: dict[str, float] = {}
+    removed: dict[str, list[float]] = defaultdict(list)
     for d in ledger.discarded():
         if d.group:  # the empty group is the whole sum
-            discarded[d.group] = max(d.share, discarded.get(d.group, 0.0))
+            removed[d.group].append(d.share)
     seconds: dict[str, float] = defaultdict(float)
     for t in ledger.timings():
         seconds[t.name] += t.seconds
@@ -143,7 +143,7 @@ def gather(ledger: Ledger) -> Facts:
                 if r.status == "ok" and r.loss is not None and r.phase == "train"
             ),
         ),
-        discarded=discarded,
+        discarded={g: (sum(x) / len(x), max(x)) for g, x in sorted(removed.items())},
         events=tuple(ledger.events()),
         failed_replies=tuple(sorted(failed, key=lambda r: (r.round, r.attempt, r.client))),
         seconds=dict(sorted(seconds.items())),

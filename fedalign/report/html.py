@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedalign.export import public_base_name
 from fedalign.ledger import Ledger
 from fedalign.metrics.alignment import SCORE_LOW
-from fedalign.report import plots
+from fedalign.report import plots, tables
 from fedalign.report.facts import Facts, gather
 from fedalign.report.summary import summarise_facts, write_summary, write_text
 from fedalign.report.template import PAGE, STYLE
@@ -22,31 +21,6 @@ from fedalign.runfolder import LEDGER, REPORT, SUMMARY
 HIGHLIGHTED = 8
 """Lines that get a colour and a label; more would not be told apart."""
 SHOWN_EVENTS = 60
-STAGE_NAMES = {
-    "base": "base",
-    "shared": "shared",
-    "personal": "personal",
-    "local_only": "local only, same steps",
-    "local_only_total": "local only, all steps",
-}
-REFERENCE_NAMES = {
-    "uniform": "uniform answerer",
-    "mean_of_groups": "mean of groups",
-    "optimum_average": "best for average",
-    "optimum_worst": "best for worst",
-}
-NUMBERS = {
-    "average": ("average over groups", "higher"),
-    "worst": ("worst group", "higher"),
-    "worst_k20": ("worst fifth of groups", "higher"),
-    "gap": ("gap, best to worst group", "lower"),
-    "std": ("standard deviation over groups", "lower"),
-    "fairness_index": ("fairness index", "higher"),
-    "jain_group_means": ("Jain index of group scores", "higher"),
-    "cov_group_means": ("coefficient of variation", "lower"),
-    "gini_group_means": ("Gini coefficient", "lower"),
-    "option_mass": ("option mass", "higher"),
-}
 SCORE_TEXTS = {
     "js_divergence": "1 − Jensen-Shannon divergence (base 2) of the model's and the group's answer "
     "shares, mean over questions; from 0 to 1, higher is better.",
@@ -118,14 +92,14 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
     others = [n for n in ("local_only", "local_only_total") if n in facts.stages]
     columns = ["base", "shared", "change"]
     columns += ["personal"] if has_personal else []
-    columns += [STAGE_NAMES[n] for n in others]
+    columns += [tables.STAGE_NAMES[n] for n in others]
     columns += ["uniform answerer", "best single answer", "option mass", "training size", "clients"]
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),
         title=_title(facts),
         subtitle=_subtitle(facts),
         verdict=judge(facts, summary),
-        cards=_cards(facts, summary),
+        cards=tables.cards(facts, summary),
         facts_list=_what_run(facts),
         has_optimum=bool(optimum.scores),
         optimum_note="" if not optimum.note else (
@@ -136,13 +110,13 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
         score_text=f"Score: {_score_text(facts)}",
         score_low=low,
         columns=[*columns, "test questions"],
-        rows=_rows(facts, summary, others),
+        rows=tables.group_rows(facts, summary, others),
         others=max(0, len(facts.groups) - len(_highlight(facts))),
         loss_note="",
-        fairness_columns=_fairness_columns(facts, summary),
-        fairness=_fairness(facts, summary),
+        fairness_columns=tables.fairness_columns(facts, summary),
+        fairness=tables.fairness_rows(facts, summary),
         missing=summary["missing"],
-        failures=_failures(facts),
+        failures=tables.failure_rows(facts),
         events=facts.events[-SHOWN_EVENTS:],
         event_count=len(facts.events),
         reading=READING,
@@ -183,7 +157,7 @@ def _what_run(facts: Facts) -> list[tuple[str, str]]:
         rule += f", floor {s('weights.floor'):g}/n, ceiling {s('weights.ceiling'):g}/n"
     loss = f"{s('local.loss', '?')}, beta {s('local.beta', 0.0):g}, {s('local.steps', '?')} steps"
     return [
-        ("Data", str(facts.run.get("data_name") or s("data.source", "?"))),
+        ("Data", data_text(facts)),
         ("Model", model),
         ("Adapter", adapter),
         ("Group weights", rule),
@@ -199,8 +173,22 @@ def _aggregation(facts: Facts) -> str:
     method = str(facts.setting("aggregation.method", "?"))
     if not facts.discarded:
         return method
-    group, share = max(facts.discarded.items(), key=lambda x: x[1])
-    return f"{method}; truncation removed at most {share:.1%} of an update ({group})"
+    group, (mean, most) = max(facts.discarded.items(), key=lambda x: x[1][0])
+    return (
+        f"{method}; truncation removed {mean:.0%} of the updates of {group} on average over layers "
+        f"and rounds (the most of any group; largest single value {most:.0%})"
+    )
+
+
+def data_text(facts: Facts) -> str:
+    """Return what the data are, without a path of this machine."""
+    source = str(facts.setting("data.source", "unknown data"))
+    if facts.run.get("data_name"):
+        return str(facts.run["data_name"])
+    if source == "synthetic":
+        return f"synthetic, world {facts.setting('data.world')}"
+    path = _public("data.path", facts.setting("data.path"))
+    return f"{source}, {path}" if path else source
 
 
 def _score_text(facts: Facts) -> str:
@@ -215,74 +203,19 @@ def _public(key: str, value: Any) -> str:
     return text
 
 
-def _cards(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    cards = []
-    for name, label in (("average", "Average over groups"), ("worst", "Worst-served group")):
-        base, shared = summary.get(f"base/{name}"), summary.get(f"shared/{name}")
-        lines = []
-        if name == "worst" and shared is not None:
-            lines.append(summary["shared/worst_group"])
-        if f"change/{name}/low" in summary:
-            low, high = summary[f"change/{name}/low"], summary[f"change/{name}/high"]
-            change = signed(summary[f"change/{name}"])
-            lines.append(f"{change} (95% {signed(low)} to {signed(high)})")
-        if shared is None:
-            lines.append("the final adapter is not scored" if base is not None else "no scores")
-        cards.append(_card(label, base, shared, lines))
-    attained = [summary.get(f"attained/{n}") for n in ("average", "worst")]
-    reason = facts.references["optimum_average"].note or "; ".join(
-        m["reason"] for m in summary["missing"] if m["name"] == "attained/average"
-    )
-    lines = ["average; of the gain one shared answer could bring"]
-    if attained[1] is not None:
-        lines.append(f"worst group: {attained[1]:.0%}")
-    cards.append(
-        {
-            "label": "Attained",
-            "before": None,
-            "after": "not defined" if attained[0] is None else f"{attained[0]:.0%}",
-            "lines": lines if attained[0] is not None else [reason],
-        }
-    )
-    mass = [summary.get(f"{s}/option_mass") for s in ("base", "shared")]
-    least = facts.setting("score.min-option-mass", 0.9)
-    pairs = facts.run.get("form") == "pairs"
-    lines = ["pair data have no options"] if pairs else [f"must stay above {least:g}"]
-    cards.append(_card("Option mass", mass[0], mass[1], lines, digits=2))
-    return cards
-
-
-def _card(
-    label: str,
-    before: float | None,
-    after: float | None,
-    lines: list[str],
-    digits: int = 3,
-) -> dict[str, Any]:
-    return {
-        "label": label,
-        "before": None if before is None else f"{before:.{digits}f}",
-        "after": "–" if after is None else f"{after:.{digits}f}",
-        "lines": lines,
-    }
-
-
-def _score(facts: Facts, stage: str, group: str) -> float | None:
-    return facts.stages[stage].scores.get(group) if stage in facts.stages else None
-
-
 def _dumbbell_rows(facts: Facts) -> tuple[list[plots.DumbbellRow], int]:
     rows = [
         plots.DumbbellRow(
             g,
-            _score(facts, "base", g),
-            _score(facts, "shared", g),
-            _score(facts, "personal", g),
+            tables.score_of(facts, "base", g),
+            tables.score_of(facts, "shared", g),
+            tables.score_of(facts, "personal", g),
             facts.references["uniform"].scores.get(g),
             facts.references["optimum_average"].scores.get(g),
         )
         for g in facts.groups
-        if _score(facts, "base", g) is not None or _score(facts, "shared", g) is not None
+        if tables.score_of(facts, "base", g) is not None
+        or tables.score_of(facts, "shared", g) is not None
     ]
     return rows, max(0, len(rows) - plots.MOST_ROWS)
 
@@ -294,7 +227,7 @@ def _highlight(facts: Facts) -> list[str]:
         return groups
 
     def served(g: str) -> float:
-        first = _score(facts, "base", g)
+        first = tables.score_of(facts, "base", g)
         return 1.0 if first is None else first
 
     def weight(g: str) -> float:
@@ -327,82 +260,3 @@ def _drawings(facts: Facts, summary: Mapping[str, Any]) -> dict[str, plots.Drawi
         axis = "training loss (lower is better)"
         made["loss"] = plots.lines(facts.loss, rounds, highlight, axis, mean=n > 1)
     return made
-
-
-def _rows(facts: Facts, summary: Mapping[str, Any], others: Sequence[str]) -> list[dict[str, Any]]:
-    least = float(facts.setting("score.min-option-mass", 0.9))
-    rows = []
-    for g in facts.groups:
-        base, shared = _score(facts, "base", g), _score(facts, "shared", g)
-        low = summary.get(f"shared/group/{g}/score/low")
-        mass = [facts.stages[s].option_mass.get(g) for s in ("shared", "base") if s in facts.stages]
-        rows.append(
-            {
-                "group": g,
-                "base": base,
-                "shared": shared,
-                "change": None if base is None or shared is None else shared - base,
-                "interval": "" if low is None else
-                f"{low:.3f} to {summary[f'shared/group/{g}/score/high']:.3f}",
-                "personal": _score(facts, "personal", g),
-                "others": [
-                    *(_score(facts, s, g) for s in others),
-                    facts.references["uniform"].scores.get(g),
-                    facts.references["optimum_average"].scores.get(g),
-                ],
-                "mass": mass[0] if mass else None,
-                "low_mass": bool(mass) and mass[0] is not None and mass[0] < least,
-                "size": f"{facts.sizes[g]:,}",
-                "clients": facts.clients[g],
-                "questions": facts.questions[g],
-            }
-        )  # fmt: skip
-    return sorted(rows, key=lambda r: (2.0 if r["shared"] is None else r["shared"], r["group"]))
-
-
-def _fairness_columns(facts: Facts, summary: Mapping[str, Any]) -> list[str]:
-    return [
-        *(label for stage, label in STAGE_NAMES.items() if stage in facts.stages),
-        *(label for n, label in REFERENCE_NAMES.items() if f"reference/{n}/average" in summary),
-    ]
-
-
-def _fairness(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    prefixes = [
-        *(stage for stage in STAGE_NAMES if stage in facts.stages),
-        *(f"reference/{n}" for n in REFERENCE_NAMES if f"reference/{n}/average" in summary),
-    ]
-    rows = []
-    for key, (name, better) in NUMBERS.items():
-        cells = []
-        for prefix in prefixes:
-            value, low = summary.get(f"{prefix}/{key}"), summary.get(f"{prefix}/{key}/low")
-            # Four digits: indices near 1 differ only there.
-            digits = 4 if key in ("fairness_index", "jain_group_means") else 3
-            interval = ""
-            if low is not None:
-                interval = f"{low:.{digits}f} to {summary[f'{prefix}/{key}/high']:.{digits}f}"
-            text = "–" if value is None else f"{value:.{digits}f}"
-            cells.append({"text": text, "interval": interval})
-        rows.append({"name": name, "better": better, "cells": cells})
-    return rows
-
-
-def _failures(facts: Facts) -> list[dict[str, Any]]:
-    by_reason: dict[str, list[Any]] = defaultdict(list)
-    for reply in facts.failed_replies:
-        by_reason[f"{reply.status}: {reply.reason}"].append(reply)
-    return [
-        {
-            "reason": reason,
-            "replies": len(replies),
-            "clients": len({r.client for r in replies}),
-            "rounds": _some(sorted({r.round for r in replies})),
-        }
-        for reason, replies in sorted(by_reason.items(), key=lambda x: -len(x[1]))
-    ]
-
-
-def _some(rounds: Sequence[int], most: int = 10) -> str:
-    text = ", ".join(str(r) for r in rounds[:most])
-    return text + (f" and {len(rounds) - most} more" if len(rounds) > most else "")

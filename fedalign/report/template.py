@@ -45,17 +45,17 @@ p { margin: 6px 0 10px; max-width: 72ch; }
 .scroll { overflow: auto; max-height: 80vh; border: 1px solid var(--rule); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 9px; text-align: right; border-bottom: 1px solid var(--rule);
+th, td { padding: 6px 8px; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; vertical-align: middle; }
 tr:last-child > td, tr:last-child > th { border-bottom: 0; }
 th { font-weight: 600; } thead th { font-size: .8125rem; line-height: 1.25; }
 thead th { position: sticky; top: 0; background: var(--soft); z-index: 2;
-  white-space: normal; vertical-align: bottom; min-width: 4.6rem; }
+  white-space: normal; vertical-align: bottom; }
 th:first-child, td.text, th.text { text-align: left; }
 tbody th { position: sticky; left: 0; background: var(--paper); z-index: 1; font-weight: 500;
   min-width: 6.5rem; max-width: 13rem; white-space: normal; overflow-wrap: break-word; }
 thead th:first-child { left: 0; z-index: 3; }
-td .sub { display: block; font-size: .75rem; line-height: 1.2; }
+td .sub, th .sub { font-weight: 400; display: block; font-size: .75rem; line-height: 1.2; }
 td.wrap { white-space: normal; min-width: 16rem; text-align: left; }
 tr.total th, tr.total td { font-weight: 650; background: var(--soft); }
 .bar { background: linear-gradient(var(--fill), var(--fill)) left / var(--to) 100% no-repeat; }
@@ -76,7 +76,8 @@ li { max-width: 72ch; margin: 5px 0; }
   .card .sub { overflow-wrap: anywhere; }
 .card .n { font-size: 1.2rem; } .card .n s { font-size: .95rem; }
   .wide { display: none; } .narrow { display: block; } .narrow svg { max-width: 400px; }
-  th, td { padding: 6px 8px; } tbody th { max-width: 8.5rem; }
+  tbody th { max-width: 8.5rem; }
+  thead th { min-width: 4.6rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; }
 }
 @media print { .scroll { max-height: none; overflow: visible; } }
@@ -149,7 +150,8 @@ out here.{% endif %}</figcaption></figure>
 <h2>Scores by group</h2>
 <p class="note">{{ score_text }} Bars fill a cell from {{ score_low | number(2) }} to 1; in
 small print the 95% interval.
-{%- if optimum_note %} Best single answer: {{ optimum_note }}.{% endif %}</p>
+{% if optimum_note %} Best single answer: {{ optimum_note }}.{% endif %}
+<span class="narrow">The table scrolls sideways.</span></p>
 <div class="scroll"><table>
 <thead><tr><th>Group</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -186,10 +188,10 @@ see this and nothing else. The thick line is the mean over the groups seen in a 
 <p class="note">Test questions. In small print: 95% intervals by bootstrap over questions, the
 same resample for all groups and stages. They say nothing about other seeds.</p>
 <div class="scroll"><table>
-<thead><tr><th>Number</th><th>better</th>
+<thead><tr><th>Number</th>
 {% for c in fairness_columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in fairness %}<tr><th>{{ row.name }}</th><td>{{ row.better }}</td>
+{% for row in fairness %}<tr><th>{{ row.name }}<span class="sub">{{ row.better }}</span></th>
 {% for cell in row.cells %}<td>{{ cell.text }}{% if cell.interval %}<span class="sub">\
 {{ cell.interval }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>

@@ -45,10 +45,19 @@ def judge(facts: Facts, summary: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "failed", "Failed: the final adapter has no complete score.", tuple(warnings)
         )
-    return Verdict("warning" if warnings else "ok", _title(summary), (*sentences, *warnings))
+    sentences += _local_only(facts)
+    level = "warning" if warnings else "ok"
+    return Verdict(level, _title(summary, len(_lost(facts))), (*sentences, *warnings))
 
 
-def _title(summary: Mapping[str, Any]) -> str:
+def _title(summary: Mapping[str, Any], losers: int) -> str:
+    title = _gains(summary)
+    if losers:
+        title += f" {losers} {'group' if losers == 1 else 'groups'} lost."
+    return title
+
+
+def _gains(summary: Mapping[str, Any]) -> str:
     if "base/worst" not in summary:
         return "Finished; the untouched base was not scored, so there is no before."
     worst = summary["shared/worst"] - summary["base/worst"]
@@ -104,17 +113,37 @@ def _impossible(summary: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _losers(facts: Facts) -> list[str]:
+def _lost(facts: Facts) -> dict[str, float]:
+    """Return the groups that the shared adapter serves worse than the base, and by how much."""
     base, shared = _scores(facts, "base"), _scores(facts, "shared")
-    lost = {
+    return {
         g: shared[g] - base[g]
         for g in sorted(base.keys() & shared.keys())
         if shared[g] < base[g] - SMALLEST_LOSS
     }
+
+
+def _losers(facts: Facts) -> list[str]:
+    lost = _lost(facts)
     if not lost:
         return []
     names = _names([f"{g} ({signed(d)})" for g, d in sorted(lost.items(), key=lambda x: x[1])])
-    return [f"{_count(len(lost), len(base))} worse served than by the untouched base: {names}."]
+    return [
+        f"{_count(len(lost), len(facts.groups))} worse served than by the untouched base: {names}."
+    ]
+
+
+def _local_only(facts: Facts) -> list[str]:
+    """Say how often the federation, with personal steps, beat training alone for as long."""
+    personal, alone = _scores(facts, "personal"), _scores(facts, "local_only_total")
+    both = sorted(personal.keys() & alone.keys())
+    if not both:
+        return []
+    better = sum(personal[g] > alone[g] for g in both)
+    return [
+        f"The personal adapter beats training alone for as many steps in {better} of "
+        f"{len(both)} groups."
+    ]
 
 
 def _below_uniform(facts: Facts) -> list[str]:

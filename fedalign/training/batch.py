@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
         return (picked.unsqueeze(0), *args[1:])
 
-    handle = network.get_output_embeddings().register_forward_pre_hook(only_scored)
+    handle = output_head(network).register_forward_pre_hook(only_scored)
     try:
         logits = network(input_ids=batch.rows, use_cache=False).logits
     finally:
@@ -121,6 +121,11 @@ def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
         )
     scored: torch.Tensor = logits[0]
     return scored
+
+
+def output_head(network: PreTrainedModel) -> torch.nn.Linear:
+    """Return the module that turns hidden states into logits."""
+    return cast(torch.nn.Linear, cast(Any, network).get_output_embeddings())
 
 
 def in_passes(

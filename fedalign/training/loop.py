@@ -26,7 +26,7 @@ from fedalign.errors import ConfigError, WireError
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
 from fedalign.randomness import Key, generator
-from fedalign.training.batch import collate, completion_logps, in_passes
+from fedalign.training.batch import collate, completion_logps, in_passes, output_head
 from fedalign.training.dpo import differences, metrics, pair_losses
 from fedalign.training.examples import TrainingSet
 
@@ -183,7 +183,7 @@ def _accumulate(
     """Add the gradient of the mean pair loss over the chosen prompts; return step metrics."""
     prompts = [job.data.prompts[k] for k in chosen]
     pairs = sum(len(job.data.labels[k]) for k in chosen)
-    vocabulary = resident.network.get_output_embeddings().weight.shape[0]
+    vocabulary = output_head(resident.network).weight.shape[0]
     totals: dict[str, float] = {}
     for part in in_passes(prompts, vocabulary):
         i, j, q, reference = _labels(resident, job, [chosen[k] for k in part], offsets)
@@ -191,7 +191,7 @@ def _accumulate(
         logps = completion_logps(resident.network, batch)
         delta = differences(logps, reference, batch.lengths, i, j, settings)
         loss = pair_losses(delta, q, settings).sum() / pairs
-        loss.backward()
+        torch.autograd.backward(loss)
         share = len(q) / pairs
         totals["loss"] = totals.get("loss", 0.0) + float(loss.detach())
         for name, value in metrics(delta, q, logps, i, j, settings).items():

@@ -28,7 +28,7 @@ from fedalign.config import LocalConfig
 from fedalign.data.records import Pair
 from fedalign.errors import WireError
 from fedalign.models.base import ResidentModel
-from fedalign.training.batch import Prompt, collate, completion_logps, in_passes
+from fedalign.training.batch import Prompt, collate, completion_logps, in_passes, output_head
 from fedalign.training.dpo import differences
 from fedalign.training.examples import pair_prompt, survey_prompt
 
@@ -93,7 +93,7 @@ def logps_of(resident: ResidentModel, prompts: Sequence[Prompt]) -> Floats:
     """
     starts = np.cumsum([0, *(len(p.completions) for p in prompts)])
     out = np.empty(starts[-1], dtype=np.float64)
-    vocabulary = resident.network.get_output_embeddings().weight.shape[0]
+    vocabulary = output_head(resident.network).weight.shape[0]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k].tokens))
     with torch.inference_mode():
         for indices in in_passes(prompts, vocabulary, order):

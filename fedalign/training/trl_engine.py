@@ -15,7 +15,8 @@ What is done about TRL's habits, each of which changes results if left alone:
 - Every construction sends telemetry unless that is switched off, which is done here.
 - It hides NaN losses by default; the filter is off.
 
-``accuracy`` here is TRL's, which counts a tie as wrong (all pairs tie at the first step).
+``accuracy`` here is TRL's, which counts a tie as wrong (all pairs tie at the first step), and
+``margin`` is never length-normalised, for ``ipo`` neither.
 One process must not run this in two threads: TRL sets global random state.
 """
 
@@ -125,9 +126,10 @@ def _trainer(
 
     # The variable is read when the hub library is first imported, which was earlier.
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    class TokenisedDPOTrainer(DPOTrainer):
         """DPOTrainer over rows that are tokenised and carry reference log-probabilities."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -181,7 +183,7 @@ def _trainer(
             if "ref" in resident.peft.peft_config:
                 resident.peft.delete_adapter("ref")
             vars(resident.network).pop("forward", None)
-            resident.network.eval()
+            resident.network.train(False)
             resident.set_trainable()
 
 
@@ -231,7 +233,7 @@ def _train_one(
 def _snapshots(resident: ResidentModel) -> Any:
     from transformers import TrainerCallback
 
-    class Keeper(TrainerCallback):  # type: ignore[misc]
+    class Keeper(TrainerCallback):
         """Keeps copies of the adapter after the step counts a job asks for."""
 
         def __init__(self) -> None:

@@ -143,3 +143,18 @@ def test_output_head_as_target_is_refused(model) -> None:
 def test_unknown_target_names_the_linear_layers(model) -> None:
     with pytest.raises(ConfigError, match=r"names no linear layer.*" + model.targets[0]):
         ResidentModel(ModelConfig(name=str(model.folder), rank=4, targets="nope", device="cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_gives_what_the_processor_gives(model, tiny, dtype) -> None:
+    config = ModelConfig(name=str(model.folder), rank=4, alpha=8.0, device="cuda", dtype=dtype)
+    other = ResidentModel(config)
+    adapter, data = tiny.start(model, b=0.05), tiny.text_like(8)
+    job = TrainJob("c", adapter, data, None, 5, 2e-3, (1, "c"))
+    here, there = (train(m, [job], LocalConfig(batch_size=8), 0)[0] for m in (model, other))
+    assert here.adapter is not None
+    assert there.adapter is not None
+    if dtype == "float32":
+        np.testing.assert_allclose(there.adapter, here.adapter, atol=1e-3)
+    assert there.metrics["loss_first"] == pytest.approx(here.metrics["loss_first"], rel=0.1)

@@ -11,7 +11,6 @@ import pytest
 
 from fedalign.config import Config, to_flat
 from fedalign.ledger import (
-    FILE_NAME,
     ClientRow,
     CurveRow,
     DiscardedRow,
@@ -23,6 +22,7 @@ from fedalign.ledger import (
     TimingRow,
     WeightRow,
 )
+from fedalign.runfolder import LEDGER
 
 NAMES = ("Coast", "Highland", "River & Lakes", "Far North")
 
@@ -125,7 +125,7 @@ def make_ledger(
         return scores, item_rows
 
     flat = {**to_flat(Config()), "run.rounds": rounds, "run.name": "default", **(config or {})}
-    with Ledger(folder / FILE_NAME) as ledger:
+    with Ledger(folder / LEDGER) as ledger:
         ledger.put_run(
             config=flat, metric="js_divergence", form="survey", status=status,
             parameters=412_000, data_name="synthetic (default)",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import yaml
 
-from fedalign.ledger import FILE_NAME, Ledger
+from fedalign.ledger import Ledger
 from fedalign.report.card import model_card
+from fedalign.runfolder import LEDGER
 
 
 def card(folder) -> str:
-    with Ledger(folder / FILE_NAME, readonly=True) as ledger:
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
         return model_card(ledger)
 
 
@@ -56,5 +57,5 @@ def test_a_failed_run_says_so(run_folder):
 
 
 def test_an_empty_ledger_has_a_card(tmp_path):
-    Ledger(tmp_path / FILE_NAME).close()
+    Ledger(tmp_path / LEDGER).close()
     assert front_matter(card(tmp_path))["library_name"] == "peft"

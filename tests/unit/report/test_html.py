@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from fedalign.errors import FedalignError
-from fedalign.ledger import FILE_NAME, Ledger
+from fedalign.ledger import Ledger
 from fedalign.report.facts import gather
 from fedalign.report.html import build_report
 from fedalign.report.summary import summarise_facts
 from fedalign.report.verdict import judge
+from fedalign.runfolder import LEDGER
 
 ROOT = Path(__file__).resolve().parents[3]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -62,7 +63,7 @@ def words(tree: Tree) -> str:
 
 
 def verdict(folder):
-    with Ledger(folder / FILE_NAME, readonly=True) as ledger:
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
         facts = gather(ledger)
     return judge(facts, summarise_facts(facts))
 
@@ -191,7 +192,7 @@ def test_no_path_of_this_machine(run_folder):
 
 
 def test_an_empty_ledger_has_a_page(tmp_path):
-    Ledger(tmp_path / FILE_NAME).close()
+    Ledger(tmp_path / LEDGER).close()
     _, tree = page(tmp_path)
     assert "Not finished" in words(tree)
 
@@ -208,7 +209,7 @@ def test_a_folder_without_ledger_is_refused(tmp_path):
 
 def test_the_report_needs_the_ledger_only_and_loads_nothing_heavy(run_folder):
     folder = run_folder()
-    assert [p.name for p in folder.iterdir()] == [FILE_NAME]
+    assert [p.name for p in folder.iterdir()] == [LEDGER]
     code = (
         "import sys; from pathlib import Path\n"
         "import fedalign.ledger, fedalign.export, fedalign.report.card\n"

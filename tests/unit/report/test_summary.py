@@ -9,20 +9,21 @@ import pytest
 
 from fedalign.config import Config, to_flat
 from fedalign.errors import FedalignError
-from fedalign.ledger import FILE_NAME, ClientRow, ItemRow, Ledger, ReferenceRow, ScoreRow, WeightRow
+from fedalign.ledger import ClientRow, ItemRow, Ledger, ReferenceRow, ScoreRow, WeightRow
 from fedalign.report.facts import STAGES
 from fedalign.report.summary import summarise, write_summary
+from fedalign.runfolder import LEDGER
 
 
 def read(folder):
-    with Ledger(folder / FILE_NAME, readonly=True) as ledger:
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
         return summarise(ledger)
 
 
 @pytest.fixture
 def by_hand(tmp_path):
     """Two groups, three clients: numbers small enough to check on paper."""
-    ledger = Ledger(tmp_path / FILE_NAME)
+    ledger = Ledger(tmp_path / LEDGER)
     ledger.put_run(config=to_flat(Config()), metric="js_divergence", status="completed")
     ledger.put_clients(
         [
@@ -186,7 +187,7 @@ def test_items_of_one_group_only_give_no_interval(by_hand):
 
 
 def test_an_empty_ledger_says_what_is_missing(tmp_path):
-    with Ledger(tmp_path / FILE_NAME) as ledger:
+    with Ledger(tmp_path / LEDGER) as ledger:
         s = summarise(ledger)
     assert s["run/status"] == "running"
     assert s["rounds/completed"] == 0

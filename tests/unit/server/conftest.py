@@ -95,7 +95,7 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
             s = score(c, adapter, False)
             if bad.get(c) == "high":
                 s = replace(s, score=1.5)
-            replies.append(wire.TrainReply(c, status, s, 0.9, 0.5, 8, 3, 0.01))
+            replies.append(wire.TrainReply(c, status, s, 0.7, 0.9, 0.5, 8, 3, 0.01))
             updates.append(new)
         array = np.asarray(updates, dtype=np.float32)
         if "shape" in bad.values():

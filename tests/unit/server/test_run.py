@@ -126,7 +126,7 @@ def test_below_quorum_a_round_is_tried_again_then_fails(settings: Make, make_app
     folder = Path(config.run.out)
     with Ledger(folder / LEDGER, readonly=True) as ledger:
         assert [e.attempt for e in ledger.events("round-void")] == [1, 2]
-        assert ledger.run()["status"] == "failed"
+        assert ledger.run()["status"].startswith("failed: ")
         assert ("train", 2) not in [(p, r) for p, r, _ in ledger.commits()]
     # The fault mended, the run goes on as if it had never been there.
     resumed = prepare(replace(config, run=replace(config.run, resume=True)))

@@ -128,8 +128,8 @@ def test_reference_must_match_the_setting(resident, tiny) -> None:
     with_base = replace(SETTINGS, reference="base")
     with pytest.raises(ConfigError, match="no reference"):
         train(resident, [job(tiny.start(resident), data)], with_base, 0)
+    short = job(tiny.start(resident), data, reference_logps=values[:-1])
     with pytest.raises(ConfigError, match="for 48 completions"):
-        short = job(tiny.start(resident), data, reference_logps=values[:-1])
         train(resident, [short], with_base, 0)
 
 

@@ -95,7 +95,10 @@ def test_same_adapter_after_ten_steps(resident, tiny, loss) -> None:
     np.testing.assert_allclose(theirs.snapshots[3], ours.snapshots[3], atol=1e-4)
     assert np.array_equal(theirs.snapshots[10], theirs.adapter)
     assert theirs.steps == ours.steps == 10
-    for name in ("loss", "loss_first", "loss_last", "margin", "chosen_logp", "grad_norm"):
+    names = ["loss", "loss_first", "loss_last", "chosen_logp", "grad_norm"]
+    if loss == "sigmoid":  # for ipo TRL logs margins without length normalisation
+        names.append("margin")
+    for name in names:
         assert theirs.metrics[name] == pytest.approx(ours.metrics[name], rel=1e-3), name
 
 
@@ -162,10 +165,9 @@ def test_what_trl_cannot_do_is_refused(resident, tiny, changes, named) -> None:
 def test_vote_shares_are_refused(resident, tiny) -> None:
     data = tiny.survey_like(4)
     values = reference_logps(resident, data.prompts, "base")
+    job = make_job(resident, tiny, data=data, reference_logps=values)
     with pytest.raises(ConfigError, match="vote share"):
-        train_trl(
-            resident, [make_job(resident, tiny, data=data, reference_logps=values)], SETTINGS, 0
-        )
+        train_trl(resident, [job], SETTINGS, 0)
 
 
 def test_survey_pairs_share_their_prompt(resident, tiny) -> None:

@@ -1,0 +1,125 @@
+"""Cost and memory against the number of clients, with the in-process grid.
+
+    python benchmarks/scaling.py [--clients 8,64,512] [--out scaling.json]
+
+Every size is a fresh process: the default world's questions dealt to N clients, 2 rounds of 4
+steps, no personal phase.  Reported: seconds a round and client, and the peak resident memory of the
+process (clients and server share it).  ``server_peak`` is the most memory that Python and numpy
+allocations made by server code held at once during a round (tracemalloc, second run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def one(clients: int, trace: bool) -> dict[str, float]:
+    """Run one size in this process."""
+    import server.run
+    from clients.app import app
+    from fedalign.ledger import Ledger
+    from fedalign.runfolder import LEDGER, prepare
+    from simulations.display import QuietProgress
+    from simulations.grid import InProcessGrid
+    from simulations.scenario import load
+
+    share = {"coast": 0.42, "valley": 0.30, "hills": 0.20}
+    counts = {g: max(1, round(clients * s)) for g, s in share.items()}
+    counts["isles"] = max(1, clients - sum(counts.values()))
+    config = load(
+        "default",
+        [
+            "personal.steps=0",
+            "run.rounds=2",
+            "local.steps=4",
+            "data.clients-per-group=" + ",".join(f"{g}={n}" for g, n in counts.items()),
+            "local.batch-size=1" if clients > 200 else "local.batch-size=16",
+        ],
+    )
+    server.run.build_report = lambda folder: folder / "report.html"
+    with tempfile.TemporaryDirectory() as root:
+        config = prepare(replace(config, run=replace(config.run, out=str(Path(root) / "run"))))
+        held: list[int] = []
+        if trace:
+            import server.strategy
+
+            aggregate = server.strategy.GroupStrategy.aggregate_train
+
+            def traced(self, server_round, replies):  # type: ignore[no-untyped-def]
+                tracemalloc.start()
+                result = aggregate(self, server_round, replies)
+                snapshot = tracemalloc.take_snapshot().filter_traces(
+                    [
+                        tracemalloc.Filter(True, "*server*"),
+                        tracemalloc.Filter(True, "*aggregation*"),
+                    ]
+                )
+                held.append(sum(s.size for s in snapshot.statistics("filename")))
+                tracemalloc.stop()
+                return result
+
+            server.strategy.GroupStrategy.aggregate_train = traced  # type: ignore[method-assign]
+        began = time.perf_counter()
+        server.run.execute(InProcessGrid(app), config, QuietProgress())
+        total = time.perf_counter() - began
+        with Ledger(Path(config.run.out) / LEDGER, readonly=True) as ledger:
+            rows = [t for t in ledger.timings() if t.round == 2]
+            n = len(ledger.clients())
+    seconds = {t.name: t.seconds for t in rows}
+    return {
+        "clients": n,
+        "total_s": total,
+        "round_s": seconds["collect"] + seconds["aggregate"],
+        "aggregate_s": seconds["aggregate"],
+        "ms_per_client": 1000 * (seconds["collect"] + seconds["aggregate"]) / n,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **({"server_held_mb": max(held) / 2**20} if held else {}),
+    }
+
+
+def main() -> None:
+    """Measure every size in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", default="8,64,512")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one(arguments.one, arguments.trace)))
+        return
+    results = []
+    for n in (int(x) for x in arguments.clients.split(",")):
+        command = [sys.executable, __file__, "--one", str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(results[-1]), file=sys.stderr)
+    first, last = results[0], results[-1]
+    text = json.dumps(
+        {
+            "sizes": results,
+            "cost_per_client_last_over_first": last["ms_per_client"] / first["ms_per_client"],
+            "peak_last_minus_first_mb": last["peak_mb"] - first["peak_mb"],
+        },
+        indent=1,
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

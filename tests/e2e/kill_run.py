@@ -1,0 +1,99 @@
+"""Run (or resume) a federation in this process and kill it with SIGKILL at a named point.
+
+    python kill_run.py FOLDER POINT NTH [--real]
+
+POINT is where to die, at the NTH time it is reached; ``none`` lets the run finish.  ``--real`` uses
+the real clients (pocket model, synthetic population, few steps); without it, numpy clients.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import clients.trainer
+import server.checkpoint
+import server.run
+from fedalign.config import Config, from_flat
+from fedalign.ledger import Ledger
+from fedalign.runfolder import LEDGER, prepare
+from server.progress import LogProgress
+from server.spool import Spool
+from server.strategy import GroupStrategy
+from simulations.grid import InProcessGrid
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "before-spool": (Spool, "write"),
+    "after-spool": (GroupStrategy, "_combine"),
+    "before-ledger": (GroupStrategy, "_write_round"),
+    "before-rename": (server.checkpoint, "rename"),
+    "before-commit-row": (Ledger, "commit"),
+    "scores": (GroupStrategy, "_score_rows"),
+    "personal-scores": (GroupStrategy, "aggregate_personal"),
+    "personal-adapter": (clients.trainer, "keep_personal_adapter"),
+}
+
+
+def arm(point: str, nth: int) -> None:
+    """Replace the function at ``point`` by one that kills this process at its nth call."""
+    if point == "none":
+        return
+    owner, name = POINTS[point]
+    original: Callable[..., Any] = getattr(owner, name)
+    count = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+def configuration(folder: Path, real: bool) -> Config:
+    """Return the small run, resumed when the folder holds one."""
+    flat: dict[str, Any] = {"run.rounds": 3, "run.clients-per-message": 2, "weights.decay": 0.5}
+    if real:
+        flat |= {
+            "run.rounds": 2,
+            "run.clients-per-message": 3,
+            "data.questions": 60,
+            "data.partition": "sizes",
+            "data.clients-per-group": "coast=2,valley=1,hills=1,isles=1",
+            "local.steps": 2,
+            "personal.steps": 2,
+        }
+    else:
+        flat |= {"model.rank": 2, "model.alpha": 4.0}
+    flat["run.out"] = str(folder)
+    flat["run.resume"] = (folder / LEDGER).exists()
+    return prepare(from_flat(flat))
+
+
+def main() -> None:
+    """See the module's docstring."""
+    folder, point, nth = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    real = "--real" in sys.argv
+    arm(point, nth)
+    if real:
+        from clients.app import app
+    else:
+        path = Path(__file__).parents[1] / "unit" / "server" / "conftest.py"
+        spec = importlib.util.spec_from_file_location("numpy_clients", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        app = module.numpy_app()
+        server.run.build_report = lambda f: f / "report.html"  # not what is tested here
+    server.run.execute(InProcessGrid(app, 1), configuration(folder, real), LogProgress(), 0.01)
+
+
+if __name__ == "__main__":
+    main()
