@@ -16,8 +16,13 @@ QUIET_FLOWER = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of every Flower process we start: no telemetry, no update check, no installs."""
+"""Environment of every Flower process we start: no telemetry, no update check, no installs.
+
+The last one lets Ray's actors see the GPU that the process itself would take; else ``model.device =
+"auto"`` would mean another device in this runner than in the others.
+"""
 
 
 def quiet_flower() -> None:

@@ -16,10 +16,11 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedalign.config_rules import CHOICES, RANGES, SURVEY_METRICS, WEIGHT_RULES, check
 from fedalign.errors import ConfigError
 
 Scalar = str | int | float | bool
@@ -86,8 +87,8 @@ class DataConfig:
     test: float = 0.2
     """Share of questions in test; the rest is train."""
     partition: str = "group"
-    """How a group's questions go to its clients: ``group`` (one client), ``sizes``, ``dirichlet`` or
-    ``column``."""
+    """How a group's questions go to its clients: ``group`` (one client), ``sizes``,
+    ``dirichlet`` or ``column``."""
     clients_per_group: str = "1"
     """One number for all groups, or ``name=3,other=1``."""
     dirichlet_alpha: float = 0.5
@@ -226,64 +227,6 @@ class Config:
     personal: PersonalConfig = field(default_factory=PersonalConfig)
 
 
-SURVEY_METRICS = ("js_divergence", "js_distance", "js_distance_base2", "wasserstein", "cosine")
-WEIGHT_RULES = ("uniform", "size", "adaptive", "worst", "afl", "qffl", "placebo")
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "run.early-stop-on": ("worst", "average"),
-    "data.source": ("synthetic", "survey", "pairs", "globalopinionqa", "goqa", "polis", "hf"),
-    "data.form": ("auto", "survey", "pairs"),
-    "data.world": ("default", "balanced"),
-    "data.partition": ("group", "sizes", "dirichlet", "column"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.gradient-checkpointing": ("auto", "on", "off"),
-    "local.engine": ("torch", "trl"),
-    "local.loss": ("sigmoid", "ipo", "conservative", "robust"),
-    "local.labels": ("shares", "hard"),
-    "local.schedule": ("cosine", "constant"),
-    "weights.rule": WEIGHT_RULES,
-    "weights.within-group": ("size", "equal"),
-    "aggregation.method": ("product", "frozen-a", "factor-mean"),
-    "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy"),
-}
-
-# key: (low, high, low allowed, high allowed)
-RANGES: dict[str, tuple[float, float, bool, bool]] = {
-    "run.seed": (0, 2**31 - 1, True, True),
-    "run.rounds": (1, 1_000_000, True, True),
-    "run.clients-per-round": (0, 1_000_000, True, True),
-    "run.clients-per-message": (1, 100_000, True, True),
-    "run.round-timeout": (0, 30 * 86400, False, True),
-    "run.quorum": (0, 1, False, True),
-    "run.max-attempts": (1, 100, True, True),
-    "run.early-stop-patience": (0, 1_000_000, True, True),
-    "data.max-groups": (0, 1_000_000, True, True),
-    "data.questions": (0, 10**9, True, True),
-    "data.min-votes": (1, 10**9, True, True),
-    "data.validation": (0, 1, False, False),
-    "data.test": (0, 1, False, False),
-    "data.dirichlet-alpha": (0, 1e6, False, True),
-    "model.max-length": (8, 10**7, True, True),
-    "model.rank": (1, 4096, True, True),
-    "model.alpha": (0, 1e6, False, True),
-    "local.beta": (0, 1e3, False, True),
-    "local.label-noise": (0, 0.5, True, False),
-    "local.pairs-per-question": (0, 10**6, True, True),
-    "local.steps": (1, 10**9, True, True),
-    "local.batch-size": (1, 10**6, True, True),
-    "local.learning-rate": (0, 10, False, True),
-    "local.max-grad-norm": (0, 1e9, True, True),
-    "weights.temperature": (0, 1e6, False, True),
-    "weights.decay": (0, 1, True, False),
-    "weights.floor": (0, 1, True, True),
-    "weights.ceiling": (1, 1e6, True, True),
-    "weights.step": (0, 1e6, False, True),
-    "weights.q": (0, 100, True, True),
-    "score.min-option-mass": (0, 1, True, True),
-    "personal.steps": (0, 10**9, True, True),
-    "personal.learning-rate": (0, 10, False, True),
-}
-
 # Where output goes and how long to wait do not change what is computed.
 NOT_IN_HASH = ("run.name", "run.out", "run.resume", "run.round-timeout", "run.max-attempts")
 
@@ -309,7 +252,7 @@ def from_flat(values: Mapping[str, Any], base: Config | None = None) -> Config:
         changes.setdefault(section, {})[name.replace("-", "_")] = _typed(key, value, known[key])
     sections = {s: replace(getattr(base, s), **new) for s, new in changes.items()}
     config = replace(base, **sections)
-    validate(config)
+    check(to_flat(config))
     return config
 
 
@@ -349,56 +292,6 @@ def parse_override(text: str) -> tuple[str, Scalar]:
     return key.strip(), value
 
 
-def validate(config: Config) -> None:
-    """Raise ``ConfigError`` for a value out of range or a combination that cannot work."""
-    flat = to_flat(config)
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key} = '{flat[key]}' is not one of {', '.join(allowed)}.")
-    for key, (low, high, low_in, high_in) in RANGES.items():
-        value = float(flat[key])
-        inside = (low <= value if low_in else low < value) and (
-            value <= high if high_in else value < high
-        )
-        if not inside:
-            left, right = "[" if low_in else "(", "]" if high_in else ")"
-            raise ConfigError(f"{key} = {flat[key]} is outside {left}{low:g}, {high:g}{right}.")
-    if config.data.validation + config.data.test >= 1:
-        raise ConfigError(
-            f"data.validation + data.test = {config.data.validation + config.data.test:g} leaves "
-            "no training questions; their sum must be below 1."
-        )
-    if config.data.source != "synthetic" and not config.data.path:
-        raise ConfigError(f"data.source = '{config.data.source}' needs data.path.")
-    if config.data.partition == "column" and not config.data.partition_column:
-        raise ConfigError("data.partition = 'column' needs data.partition-column.")
-    local = config.local
-    if local.engine == "trl" and local.labels != "hard":
-        raise ConfigError(
-            "local.engine = 'trl' takes hard labels only (TRL has no per-pair vote shares). "
-            "Set local.labels = 'hard', or use local.engine = 'torch'."
-        )
-    if local.engine == "trl" and local.reference != "base":
-        raise ConfigError("local.engine = 'trl' needs local.reference = 'base'.")
-    if local.loss == "robust" and local.labels == "shares":
-        raise ConfigError(
-            "local.loss = 'robust' corrects flipped hard labels; it has no meaning on vote "
-            "shares. Set local.labels = 'hard'."
-        )
-    if local.label_noise and local.loss not in ("conservative", "robust"):
-        raise ConfigError(
-            f"local.label-noise = {local.label_noise} has no effect on loss '{local.loss}'. "
-            "Use loss 'conservative' or 'robust', or set it to 0."
-        )
-    paths = ("run.out",) if config.data.source == "hf" else ("data.path", "run.out")
-    for name in paths:
-        given = str(flat[name])
-        if given and not Path(given).is_absolute():
-            raise ConfigError(
-                f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
-            )
-
-
 def resolve_metric(config: Config, form: str) -> str:
     """Return the run's one score for a data form (``survey`` or ``pairs``)."""
     metric = config.score.metric
@@ -434,26 +327,6 @@ def from_json(text: str) -> Config:
     return from_flat(json.loads(text))
 
 
-def field_docs() -> dict[str, str]:
-    """Return ``{"section.key": docstring}`` read from this file's source."""
-    import ast
-
-    docs: dict[str, str] = {}
-    names = {type(getattr(Config(), f.name)).__name__: f.name for f in fields(Config)}
-    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name in names:
-            for statement, after in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(statement, ast.AnnAssign)
-                    and isinstance(statement.target, ast.Name)
-                    and isinstance(after, ast.Expr)
-                    and isinstance(after.value, ast.Constant)
-                ):
-                    key = f"{names[node.name]}.{statement.target.id.replace('_', '-')}"
-                    docs[key] = " ".join(str(after.value.value).split())
-    return docs
-
-
 def _typed(key: str, value: Any, default: Scalar) -> Scalar:
     if isinstance(default, bool):
         if isinstance(value, bool):
@@ -478,3 +351,32 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}."
+
+
+__all__ = [
+    "CHOICES",
+    "NOT_IN_HASH",
+    "RANGES",
+    "SURVEY_METRICS",
+    "WEIGHT_RULES",
+    "AggregationConfig",
+    "Config",
+    "DataConfig",
+    "LocalConfig",
+    "ModelConfig",
+    "PersonalConfig",
+    "RunConfig",
+    "Scalar",
+    "ScoreConfig",
+    "WeightsConfig",
+    "config_hash",
+    "differing_keys",
+    "flatten",
+    "from_flat",
+    "from_json",
+    "load_toml",
+    "parse_override",
+    "resolve_metric",
+    "to_flat",
+    "to_json",
+]

@@ -21,11 +21,13 @@ def check_one_distribution() -> None:
     home = Path(__file__).resolve().parent.parent
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
+        # A folder without __init__.py is found as a namespace package, which has no origin.
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if not places:
             raise FedalignError(
                 f"package '{name}' is missing beside fedalign in {home}. Install fedalign again."
             )
-        found = Path(spec.origin).resolve().parent.parent
+        found = Path(places[0]).resolve().parent
         if found != home:
             raise FedalignError(
                 f"package '{name}' comes from {found}, but fedalign from {home}: something shadows "

@@ -40,20 +40,12 @@ from fedalign.aggregation.records import (
 )
 from fedalign.config import Config, to_json
 from fedalign.errors import RunFailed, WireError
-from fedalign.ledger import (
-    CurveRow,
-    DiscardedRow,
-    ItemRow,
-    Ledger,
-    ReplyRow,
-    ScoreRow,
-    TimingRow,
-    WeightRow,
-)
+from fedalign.ledger import ItemRow, Ledger, ScoreRow
 from fedalign.metrics.alignment import SCORE_LOW
 from fedalign.models.layout import pack, unpack
 from fedalign.runfolder import SPOOL
 from server.directory import Directory
+from server.recording import Combined, Recorder
 from server.spool import Spool
 
 
@@ -82,7 +74,7 @@ class GroupStrategy(Strategy):
         self.directory = directory
         self.ledger = ledger
         self.folder = folder
-        self.metric = metric
+        self.recorder = Recorder(ledger, directory, metric)
         self.score_low = SCORE_LOW[metric]
         self.splits = (
             ("validation", "test", "train") if config.score.seen else ("validation", "test")
@@ -145,7 +137,9 @@ class GroupStrategy(Strategy):
         try:
             self._check_quorum("train", server_round, len(usable), failed)
         except QuorumMissed:
-            self.ledger.write("train", server_round, self.attempt, replies=self._failures(failed))
+            self.ledger.write(
+                "train", server_round, self.attempt, replies=self.recorder.failures(failed)
+            )
             self.spool.delete()
             raise
         observation = self._observe(server_round, {c: r.score for c, r in usable.items()})
@@ -159,8 +153,9 @@ class GroupStrategy(Strategy):
         )
         combined = self._combine(shares)
         scores = {g: float(o.score) for g, o in observation.groups.items() if o.score is not None}
-        self._write_round(
+        self.recorder.train_round(
             server_round,
+            self.attempt,
             observation,
             state,
             weights,
@@ -197,8 +192,8 @@ class GroupStrategy(Strategy):
         items: list[ItemRow] = []
         for row in rows:
             for split, score in row.scores.items():
-                scores.append(self._score_row(stage, row.client, split, score))
-                items += self._item_rows(stage, row.client, split, score)
+                scores.append(self.recorder.score_row(stage, row.client, split, score))
+                items += self.recorder.item_rows(stage, row.client, split, score)
         self.ledger.write(phase, server_round, self.attempt, scores=scores, items=items)
         observation = self._observe(
             server_round, {r.client: r.scores["validation"] for r in rows if r.scores}
@@ -223,7 +218,7 @@ class GroupStrategy(Strategy):
         stages = self.personal_stages()
         rows = self._score_rows("personal", server_round, replies, stages)
         scores = [
-            self._score_row(stage, r.client, "test", s)
+            self.recorder.score_row(stage, r.client, "test", s)
             for r in rows
             for stage, s in r.scores.items()
         ]
@@ -231,7 +226,7 @@ class GroupStrategy(Strategy):
             item
             for r in rows
             for stage, s in r.scores.items()
-            for item in self._item_rows(stage, r.client, "test", s)
+            for item in self.recorder.item_rows(stage, r.client, "test", s)
         ]
         self.ledger.write("personal", server_round, self.attempt, scores=scores, items=items)
 
@@ -373,110 +368,3 @@ class GroupStrategy(Strategy):
         ]
         discarded += [(module, "", share) for module, share in aggregate.discarded.items()]
         return Combined(pack(aggregate.tensors, manifest.layout), discarded, norms)
-
-    def _write_round(
-        self,
-        round_: int,
-        observation: Observation,
-        state: RuleState,
-        weights: dict[str, float],
-        shares: dict[str, float],
-        combined: Combined,
-        usable: dict[str, wire.TrainReply],
-        hashes: dict[str, str],
-        failed: dict[str, str],
-        seconds: tuple[float, float],
-    ) -> None:
-        members = self.directory.members
-        replies = [
-            ReplyRow(
-                client=c,
-                group=members[c].group,
-                weight=shares[c],
-                examples=r.pairs,
-                norm=combined.norms[c],
-                array_hash=hashes[c],
-                loss=r.loss,
-                steps=r.steps,
-            )
-            for c, r in sorted(usable.items())
-        ]
-        sizes = self.directory.group_sizes()
-        replied = dict.fromkeys(sizes, 0)
-        for c in usable:
-            replied[members[c].group] += members[c].size
-        self.ledger.write(
-            "train",
-            round_,
-            self.attempt,
-            replies=replies + self._failures(failed),
-            scores=[
-                self._score_row("received", c, "validation", r.score)
-                for c, r in sorted(usable.items())
-                if r.score is not None
-            ],
-            weights=[
-                WeightRow(
-                    group=g,
-                    weight=weights.get(g),
-                    history=state.history[g].value if g in state.history else None,
-                    score=o.score,
-                    present=o.present,
-                    coverage=replied[g] / sizes[g],
-                )
-                for g, o in sorted(observation.groups.items())
-            ],
-            curves=[
-                CurveRow(client=c, name=name, value=value)
-                for c, r in sorted(usable.items())
-                for name, value in (("loss-first", r.loss_first), ("loss-last", r.loss_last))
-            ],
-            discarded=[
-                DiscardedRow(layer=layer, group=group, share=share)
-                for layer, group, share in combined.discarded
-            ],
-            timings=[
-                TimingRow(name="collect", seconds=seconds[0]),
-                TimingRow(name="aggregate", seconds=seconds[1]),
-                TimingRow(name="client-training", seconds=sum(r.seconds for r in usable.values())),
-            ],
-        )
-
-    def _failures(self, failed: dict[str, str]) -> list[ReplyRow]:
-        return [
-            ReplyRow(
-                client=c, group=self.directory.members[c].group, status="rejected", reason=reason
-            )
-            for c, reason in sorted(failed.items())
-        ]
-
-    def _score_row(self, stage: str, client: str, split: str, score: wire.Score) -> ScoreRow:
-        return ScoreRow(
-            stage=stage,
-            client=client,
-            group=self.directory.members[client].group,
-            split=split,
-            metric=self.metric,
-            n=score.n,
-            score=score.score,
-            option_mass=score.option_mass,
-            uniform=score.uniform,
-        )
-
-    def _item_rows(self, stage: str, client: str, split: str, score: wire.Score) -> list[ItemRow]:
-        group = self.directory.members[client].group
-        return [
-            ItemRow(stage=stage, client=client, group=group, split=split, question=q, score=v)
-            for q, v in score.items
-        ]
-
-
-@dataclass(frozen=True)
-class Combined:
-    """A new global adapter and what was lost on the way to it."""
-
-    adapter: wire.F32
-    discarded: Sequence[tuple[str, str, float]]
-    """(layer, group, relative norm that truncation removed); group "" is the whole sum."""
-    norms: dict[str, float]
-    """Frobenius norm of each client's update in product space."""

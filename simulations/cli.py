@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer  # noqa: E402
 
 from fedalign.config import Scalar  # noqa: E402
-from fedalign.errors import FedalignError, RunFailed  # noqa: E402
+from fedalign.errors import FedalignError, ResumeError, RunFailed  # noqa: E402
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,11 +60,13 @@ def simulate(
 
         path = resume.expanduser().resolve()
         if not (path / LEDGER).exists():
-            raise FedalignError(f"{path} holds no run to resume.")
+            raise ResumeError(f"{path} holds no run to resume.")
         with Ledger(path / LEDGER, readonly=True) as ledger:
             stored = ledger.run().get("config")
         if stored is None:
-            raise FedalignError(f"{path}: the run stopped before it began; start it again.")
+            raise ResumeError(
+                f"{path}: the run stopped before it began. Start it again in a new folder."
+            )
         config = from_flat(stored | {"run.out": str(path), "run.resume": True})
     else:
         options: dict[str, Scalar] = {}

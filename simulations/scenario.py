@@ -45,6 +45,7 @@ def load(
     flat.update(options or {})
     for key in PATH_KEYS:
         value = str(flat.get(key, ""))
-        if value and flat.get("data.source") != "hf":
+        is_hub_name = key == "data.path" and flat.get("data.source") == "hf"
+        if value and not is_hub_name:
             flat[key] = str(Path(value).expanduser().resolve())
     return from_flat(flat)

@@ -23,6 +23,7 @@ from fedalign.config import Config, from_flat
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
 from server.progress import LogProgress
+from server.recording import Recorder
 from server.spool import Spool
 from server.strategy import GroupStrategy
 from simulations.grid import InProcessGrid
@@ -30,7 +31,7 @@ from simulations.grid import InProcessGrid
 POINTS: dict[str, tuple[Any, str]] = {
     "before-spool": (Spool, "write"),
     "after-spool": (GroupStrategy, "_combine"),
-    "before-ledger": (GroupStrategy, "_write_round"),
+    "before-ledger": (Recorder, "train_round"),
     "before-rename": (server.checkpoint, "rename"),
     "before-commit-row": (Ledger, "commit"),
     "scores": (GroupStrategy, "_score_rows"),

@@ -19,7 +19,6 @@ from fedalign.config import (
     RunConfig,
     config_hash,
     differing_keys,
-    field_docs,
     flatten,
     from_flat,
     from_json,
@@ -30,6 +29,7 @@ from fedalign.config import (
     to_json,
 )
 from fedalign.config import WEIGHT_RULES as RULE_NAMES
+from fedalign.config_docs import field_docs, markdown
 from fedalign.errors import ConfigError
 
 
@@ -143,3 +143,8 @@ def test_flower_settings_are_the_default_scenario(root: Path) -> None:
     scenario = root / "simulations" / "scenarios" / "default.toml"
     assert from_flat(flower) == load_toml(scenario)
     assert set(flower) == set(to_flat(Config()))
+
+
+def test_the_page_of_settings_is_current(root: Path) -> None:
+    page = root / "docs" / "configuration.md"
+    assert page.read_text() == markdown(), "run: python -m fedalign.config_docs > " + str(page)

@@ -10,7 +10,7 @@ def test_importing_the_core_loads_no_heavy_library():
     code = (
         "import sys, fedalign.aggregation, fedalign.aggregation.adapters,"
         " fedalign.aggregation.clients, fedalign.metrics.attainable,"
-        " fedalign.metrics.attainable_pairs, fedalign.metrics.intervals;"
+        " fedalign.metrics.pairwise, fedalign.metrics.intervals;"
         " print(sorted({'torch', 'transformers', 'peft', 'trl', 'ray', 'scipy', 'flwr'}"
         " & set(sys.modules)))"
     )

@@ -1,0 +1,120 @@
+"""Allowed values and combinations of settings; every refusal says what is allowed.
+
+Works on flat keys (``section.key-name``), the form in which settings arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedalign.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+SURVEY_METRICS = ("js_divergence", "js_distance", "js_distance_base2", "wasserstein", "cosine")
+WEIGHT_RULES = ("uniform", "size", "adaptive", "worst", "afl", "qffl", "placebo")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "run.early-stop-on": ("worst", "average"),
+    "data.source": ("synthetic", "survey", "pairs", "globalopinionqa", "goqa", "polis", "hf"),
+    "data.form": ("auto", "survey", "pairs"),
+    "data.world": ("default", "balanced"),
+    "data.partition": ("group", "sizes", "dirichlet", "column"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.gradient-checkpointing": ("auto", "on", "off"),
+    "local.engine": ("torch", "trl"),
+    "local.loss": ("sigmoid", "ipo", "conservative", "robust"),
+    "local.labels": ("shares", "hard"),
+    "local.schedule": ("cosine", "constant"),
+    "weights.rule": WEIGHT_RULES,
+    "weights.within-group": ("size", "equal"),
+    "aggregation.method": ("product", "frozen-a", "factor-mean"),
+    "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy"),
+}
+
+# key: (low, high, low allowed, high allowed)
+RANGES: dict[str, tuple[float, float, bool, bool]] = {
+    "run.seed": (0, 2**31 - 1, True, True),
+    "run.rounds": (1, 1_000_000, True, True),
+    "run.clients-per-round": (0, 1_000_000, True, True),
+    "run.clients-per-message": (1, 100_000, True, True),
+    "run.round-timeout": (0, 30 * 86400, False, True),
+    "run.quorum": (0, 1, False, True),
+    "run.max-attempts": (1, 100, True, True),
+    "run.early-stop-patience": (0, 1_000_000, True, True),
+    "data.max-groups": (0, 1_000_000, True, True),
+    "data.questions": (0, 10**9, True, True),
+    "data.min-votes": (1, 10**9, True, True),
+    "data.validation": (0, 1, False, False),
+    "data.test": (0, 1, False, False),
+    "data.dirichlet-alpha": (0, 1e6, False, True),
+    "model.max-length": (8, 10**7, True, True),
+    "model.rank": (1, 4096, True, True),
+    "model.alpha": (0, 1e6, False, True),
+    "local.beta": (0, 1e3, False, True),
+    "local.label-noise": (0, 0.5, True, False),
+    "local.pairs-per-question": (0, 10**6, True, True),
+    "local.steps": (1, 10**9, True, True),
+    "local.batch-size": (1, 10**6, True, True),
+    "local.learning-rate": (0, 10, False, True),
+    "local.max-grad-norm": (0, 1e9, True, True),
+    "weights.temperature": (0, 1e6, False, True),
+    "weights.decay": (0, 1, True, False),
+    "weights.floor": (0, 1, True, True),
+    "weights.ceiling": (1, 1e6, True, True),
+    "weights.step": (0, 1e6, False, True),
+    "weights.q": (0, 100, True, True),
+    "score.min-option-mass": (0, 1, True, True),
+    "personal.steps": (0, 10**9, True, True),
+    "personal.learning-rate": (0, 10, False, True),
+}
+
+
+def check(flat: Mapping[str, Scalar]) -> None:
+    """Raise ``ConfigError`` for a value out of range or a combination that cannot work."""
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key} = '{flat[key]}' is not one of {', '.join(allowed)}.")
+    for key, (low, high, low_in, high_in) in RANGES.items():
+        value = float(flat[key])
+        inside = (low <= value if low_in else low < value) and (
+            value <= high if high_in else value < high
+        )
+        if not inside:
+            left, right = "[" if low_in else "(", "]" if high_in else ")"
+            raise ConfigError(f"{key} = {flat[key]} is outside {left}{low:g}, {high:g}{right}.")
+    held_out = float(flat["data.validation"]) + float(flat["data.test"])
+    if held_out >= 1:
+        raise ConfigError(
+            f"data.validation + data.test = {held_out:g} leaves no training questions; their sum "
+            "must be below 1."
+        )
+    if flat["data.source"] != "synthetic" and not flat["data.path"]:
+        raise ConfigError(f"data.source = '{flat['data.source']}' needs data.path.")
+    if flat["data.partition"] == "column" and not flat["data.partition-column"]:
+        raise ConfigError("data.partition = 'column' needs data.partition-column.")
+    if flat["local.engine"] == "trl" and flat["local.labels"] != "hard":
+        raise ConfigError(
+            "local.engine = 'trl' takes hard labels only (TRL has no per-pair vote shares). "
+            "Set local.labels = 'hard', or use local.engine = 'torch'."
+        )
+    if flat["local.engine"] == "trl" and flat["local.reference"] != "base":
+        raise ConfigError("local.engine = 'trl' needs local.reference = 'base'.")
+    if flat["local.loss"] == "robust" and flat["local.labels"] == "shares":
+        raise ConfigError(
+            "local.loss = 'robust' corrects flipped hard labels; it has no meaning on vote "
+            "shares. Set local.labels = 'hard'."
+        )
+    if flat["local.label-noise"] and flat["local.loss"] not in ("conservative", "robust"):
+        raise ConfigError(
+            f"local.label-noise = {flat['local.label-noise']} has no effect on loss "
+            f"'{flat['local.loss']}'. Use loss 'conservative' or 'robust', or set it to 0."
+        )
+    paths = ("run.out",) if flat["data.source"] == "hf" else ("data.path", "run.out")
+    for name in paths:
+        given = str(flat[name])
+        if given and not Path(given).is_absolute():
+            raise ConfigError(
+                f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
+            )

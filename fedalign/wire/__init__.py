@@ -1,0 +1,101 @@
+"""What travels: the name, shape, type and range of every array and metric, in both directions.
+
+This is the whole list of what leaves a client:
+
+==========  ====================================================================================
+reply to    content (k = clients named in the message, P = entries of the trained factors)
+==========  ====================================================================================
+hello       client names, groups, question counts, size claims; model manifest; library versions
+score       per client and split: mean score, questions, option mass, score of a uniform answerer;
+            on test, when ``score.items`` is on: question keys (hashes) and their scores
+train       LoRA factors, float32 (k, P); validation score of the *received* adapter and its
+            question count, option mass, uniform score; loss (mean, first, last), pairs, steps,
+            seconds
+personal    per client and stage: test score, question count, option mass; question scores as above
+==========  ====================================================================================
+
+and a status code for each client.  Nothing else: no text of a question or answer, no exception
+message, no path.  Every message names its clients and carries protocol version, phase, round,
+attempt and the run's configuration.
+
+Decoding is strict.  A broken record condemns the message (``WireError``); a broken row (non-finite
+entries, score out of range) condemns that client alone.
+"""
+
+from __future__ import annotations
+
+from fedalign.wire.records import (
+    BAD_REQUEST,
+    F32,
+    HELLO,
+    INTERNAL_ERROR,
+    MANIFEST_MISMATCH,
+    MAX_CLIENTS,
+    MAX_ITEMS,
+    NO_DATA,
+    NON_FINITE,
+    OK,
+    PERSONAL,
+    PROTOCOL,
+    SCORE,
+    STATUS,
+    TRAIN,
+    UNKNOWN_CLIENT,
+    Hello,
+    Manifest,
+    Request,
+    Score,
+    ScoreReply,
+    TrainReply,
+)
+from fedalign.wire.replies import (
+    decode_scores,
+    decode_train,
+    encode_failure,
+    encode_scores,
+    encode_train,
+)
+from fedalign.wire.requests import (
+    adapter_record,
+    decode_adapter,
+    decode_hello,
+    decode_request,
+    encode_hello,
+    encode_request,
+)
+
+__all__ = [
+    "BAD_REQUEST",
+    "F32",
+    "HELLO",
+    "INTERNAL_ERROR",
+    "MANIFEST_MISMATCH",
+    "MAX_CLIENTS",
+    "MAX_ITEMS",
+    "NON_FINITE",
+    "NO_DATA",
+    "OK",
+    "PERSONAL",
+    "PROTOCOL",
+    "SCORE",
+    "STATUS",
+    "TRAIN",
+    "UNKNOWN_CLIENT",
+    "Hello",
+    "Manifest",
+    "Request",
+    "Score",
+    "ScoreReply",
+    "TrainReply",
+    "adapter_record",
+    "decode_adapter",
+    "decode_hello",
+    "decode_request",
+    "decode_scores",
+    "decode_train",
+    "encode_failure",
+    "encode_hello",
+    "encode_request",
+    "encode_scores",
+    "encode_train",
+]

@@ -1,0 +1,181 @@
+"""The records that travel: names, units and ranges.  What may be in them is in ``__init__``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedalign.errors import WireError
+
+PROTOCOL = 1
+
+HELLO = "query.hello"
+SCORE = "evaluate.score"
+TRAIN = "train.round"
+PERSONAL = "train.personal"
+
+F32 = npt.NDArray[np.float32]
+
+# Status of one client in a reply.
+OK = 0
+STATUS = {
+    OK: "ok",
+    1: "unknown-client",
+    2: "no-data",
+    3: "non-finite",
+    4: "manifest-mismatch",
+    5: "bad-request",
+    6: "internal-error",
+}
+UNKNOWN_CLIENT, NO_DATA, NON_FINITE, MANIFEST_MISMATCH, BAD_REQUEST, INTERNAL_ERROR = range(1, 7)
+
+MAX_CLIENTS = 100_000
+MAX_ITEMS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter array of a run means; equal on all clients, else the run does not start."""
+
+    layout: tuple[tuple[str, tuple[int, ...]], ...]
+    """(PEFT tensor name, shape), sorted by name; the flat array holds them in this order."""
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base_revision: str
+    tokenizer_hash: str
+    frozen_a: bool
+    """Under frozen A clients send ``lora_B`` factors only."""
+
+    @property
+    def size(self) -> int:
+        """Entries of the whole adapter."""
+        return sum(math.prod(shape) for _, shape in self.layout)
+
+    @property
+    def upload(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Layout of what a client sends back."""
+        if not self.frozen_a:
+            return self.layout
+        return tuple((n, s) for n, s in self.layout if n.endswith("lora_B.weight"))
+
+    @property
+    def upload_size(self) -> int:
+        """Entries a client sends back (P)."""
+        return sum(math.prod(shape) for _, shape in self.upload)
+
+    def to_json(self) -> str:
+        """Return canonical JSON."""
+        return json.dumps(
+            {
+                "layout": [[n, list(s)] for n, s in self.layout],
+                "rank": self.rank,
+                "alpha": self.alpha,
+                "targets": list(self.targets),
+                "base_revision": self.base_revision,
+                "tokenizer_hash": self.tokenizer_hash,
+                "frozen_a": self.frozen_a,
+            },
+            sort_keys=True,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Inverse of :meth:`to_json`; raises ``WireError`` for anything else."""
+        try:
+            d = json.loads(text)
+            manifest = Manifest(
+                layout=tuple((str(n), tuple(int(x) for x in s)) for n, s in d["layout"]),
+                rank=int(d["rank"]),
+                alpha=float(d["alpha"]),
+                targets=tuple(str(t) for t in d["targets"]),
+                base_revision=str(d["base_revision"]),
+                tokenizer_hash=str(d["tokenizer_hash"]),
+                frozen_a=bool(d["frozen_a"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            raise WireError("bad-manifest") from None
+        if list(manifest.layout) != sorted(manifest.layout) or not manifest.layout:
+            raise WireError("bad-manifest", "layout is empty or not sorted")
+        return manifest
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Request:
+    """The part every message to a client shares."""
+
+    phase: str
+    round: int
+    attempt: int
+    clients: tuple[str, ...]
+    config_json: str
+    manifest_hash: str = ""
+    splits: tuple[str, ...] = ()
+    """Which splits to score (``score`` only)."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a node says of the clients it hosts."""
+
+    clients: tuple[str, ...]
+    groups: tuple[str, ...]
+    form: str
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+    size: tuple[int, ...]
+    manifest: Manifest
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one adapter serves one client on one split."""
+
+    score: float
+    """Mean over questions, higher is better."""
+    n: int
+    """Questions scored."""
+    option_mass: float
+    """Mean probability on the answer options, in [0, 1]; 1 for pair data."""
+    uniform: float
+    """Score of a uniform answerer on the same questions."""
+    items: tuple[tuple[str, float], ...] = ()
+    """(question key, score); empty unless asked for and allowed."""
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """One client's answer to ``score``: a status and a score for each stage or split."""
+
+    client: str
+    status: int
+    scores: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """One client's answer to ``train``."""
+
+    client: str
+    status: int
+    score: Score | None = None
+    loss: float = 0.0
+    """Mean training loss over the steps."""
+    loss_first: float = 0.0
+    loss_last: float = 0.0
+    pairs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
