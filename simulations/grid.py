@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -49,7 +50,7 @@ class InProcessGrid(Grid):
         """Do nothing: there is one run in a process."""
 
     @property
-    def run(self) -> object:
+    def run(self) -> NoReturn:
         """Not available in process."""
         raise RuntimeError("the in-process grid has no Flower run record")
 

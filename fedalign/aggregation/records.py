@@ -6,8 +6,8 @@ A weight rule is a pure function::
         -> tuple[RuleState, dict[str, float]]
 
 It returns the new state and a point on the simplex over the groups that are *present*.  Scores are
-"higher is better" in ``[score_low, 1]``; the shortfall of a group is ``1 - score``.  A group that is
-absent keeps its history bit for bit and gets no weight in this round.
+"higher is better" in ``[score_low, 1]``; the shortfall of a group is ``1 - score``.  A group that
+is absent keeps its history bit for bit and gets no weight in this round.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RuleState:
 
 
 def check_observation(observation: Observation) -> None:
-    """Raise ``ValueError`` for an observation no rule may see (NaN, out of range, nobody present)."""
+    """Raise ``ValueError`` for an observation no rule may see: NaN, out of range, nobody there."""
     if not observation.present():
         raise ValueError("no group is present; a round without groups has no weights")
     for group, o in observation.groups.items():

@@ -88,7 +88,8 @@ def main() -> None:
     else:
         path = Path(__file__).parents[1] / "unit" / "server" / "conftest.py"
         spec = importlib.util.spec_from_file_location("numpy_clients", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         app = module.numpy_app()
