@@ -1,4 +1,4 @@
-"""The in-process grid keeps Flower's contract: ids, errors in place of exceptions, lost messages."""
+"""The in-process grid keeps Flower's contract: ids, error replies, lost messages."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_send_and_receive_stops_at_its_time(app: ClientApp, handled: list[str]) 
     assert handled == []
 
 
-def test_unknown_node_is_refused(app: ClientApp) -> None:
+def test_unknown_node_answers_with_an_error(app: ClientApp, handled: list[str]) -> None:
     grid = InProcessGrid(app)
-    ids = list(grid.push_messages([ask(99, "a")]))
-    with pytest.raises(KeyError):
-        list(grid.pull_messages(ids))
+    (reply,) = grid.send_and_receive([ask(99, "a")])
+    assert reply.has_error()
+    assert handled == []

@@ -26,7 +26,6 @@ def test_every_packaged_scenario_parses(name: str, tmp_path: Path) -> None:
     for key, value in given.items():
         if key != "data.path":
             assert flat[key] == value, key
-    assert config.run.name == name
 
 
 def test_default_scenario_is_what_flwr_run_starts(root: Path) -> None:
