@@ -80,10 +80,10 @@ def write_comparison(
         "extras": extra,
         "differences": [asdict(d) for d in differences],
     }
-    _write(out / "comparison.json", json.dumps(data, indent=1, sort_keys=True))
+    write_text(out / "comparison.json", json.dumps(data, indent=1, sort_keys=True))
     _plot(out / "comparison.svg", table, extra)
     page = out / "comparison.md"
-    _write(page, _page(table, extra, differences, baseline, config, scenario))
+    write_text(page, _page(table, extra, differences, baseline, config, scenario))
     return page
 
 
@@ -103,14 +103,14 @@ def _values(folder: Path) -> dict[str, float]:
         for m in METRICS
         if isinstance(summary.get(f"shared/{m}"), float)
     }
-    group = _worst_at_base(folder)
+    group = worst_at_base(folder)
     key = f"shared/group/{group}/score"
     if key in summary:
         values["worst_at_base"] = float(summary[key])
     return values
 
 
-def _worst_at_base(folder: Path) -> str:
+def worst_at_base(folder: Path) -> str:
     """Return the group with the lowest validation score of the untouched base."""
     totals: dict[str, tuple[float, int]] = {}
     with Ledger(folder / LEDGER, readonly=True) as ledger:
@@ -170,14 +170,16 @@ def _difference(
     if questions is not None:
         lows.append(questions[0])
         highs.append(questions[1])
-    higher_is_better = metric != "gap"
+    return Difference(arm, metric, seeds, questions, verdict(lows, highs, metric != "gap"))
+
+
+def verdict(lows: Sequence[float], highs: Sequence[float], higher_is_better: bool = True) -> str:
+    """Return ``better`` or ``worse`` when every interval excludes 0 on one side, else NOISE."""
     if min(lows) > 0:
-        verdict = "better" if higher_is_better else "worse"
-    elif max(highs) < 0:
-        verdict = "worse" if higher_is_better else "better"
-    else:
-        verdict = NOISE
-    return Difference(arm, metric, seeds, questions, verdict)
+        return "better" if higher_is_better else "worse"
+    if max(highs) < 0:
+        return "worse" if higher_is_better else "better"
+    return NOISE
 
 
 def _question_interval(
@@ -235,9 +237,9 @@ def _page(
         "|---" * (len(SHOWN) + 3) + "|",
     ]
     for arm, by_seed in table.items():
-        cells = [_mean_cell([v[m] for v in by_seed.values() if m in v]) for m in SHOWN]
+        cells = [mean_cell([v[m] for v in by_seed.values() if m in v]) for m in SHOWN]
         cells += [
-            _mean_cell(list(extra[arm].get(f"attained/{n}", {}).values()), 2)
+            mean_cell(list(extra[arm].get(f"attained/{n}", {}).values()), 2)
             for n in ("average", "worst")
         ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -248,15 +250,15 @@ def _page(
         ("reference/mean_of_groups", "mean of groups (oracle)"),
     ):
         if f"{name}/average" in first:
-            average = _mean_cell(list(first[f"{name}/average"].values()))
-            worst = _mean_cell(list(first[f"{name}/worst"].values()))
+            average = mean_cell(list(first[f"{name}/average"].values()))
+            worst = mean_cell(list(first[f"{name}/worst"].values()))
             lines.append(f"| *{title}* | {average} | {worst} |" + " |" * len(SHOWN))
     best_average = first.get("reference/optimum_average/average")
     best_worst = first.get("reference/optimum_worst/worst")
     if best_average and best_worst:
         lines.append(
             "| *attainable optimum (average and worst: different policies)* | "
-            f"{_mean_cell(list(best_average.values()))} | {_mean_cell(list(best_worst.values()))} |"
+            f"{mean_cell(list(best_average.values()))} | {mean_cell(list(best_worst.values()))} |"
             + " |"
             * len(SHOWN)
         )
@@ -290,7 +292,7 @@ def _page(
     return "\n".join(lines)
 
 
-def _mean_cell(values: Sequence[float], digits: int = 3) -> str:
+def mean_cell(values: Sequence[float], digits: int = 3) -> str:
     if not values:
         return "not defined"
     interval = seed_interval(values)
@@ -373,7 +375,7 @@ def _plot(
     plt.close(figure)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")

@@ -5,6 +5,12 @@ the border, a second BOS).  The prompt's own tokens must be a prefix of the whol
 the error says where they part.  Conversations go through the tokenizer's chat template, whose text
 already holds the special tokens, so none are added to it.
 
+Two habits of published templates would spoil a run and are switched off in :func:`render`.  Qwen3
+opens a turn for a chain of thought, after which no letter follows; asked not to think, it writes
+the empty thought that it also writes before a given answer, so prompt and whole agree.  Llama-3.2
+and others write today's date, so the same question would change from day to day and from site to
+site; they get one fixed date.
+
 A *text* completion ends with EOS, since its end is part of what is preferred.  A *letter* answer
 has no EOS: the answer is the letter.
 """
@@ -21,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+
+FIXED_DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+"""Put before a chat template: what it is told when it asks for today's date (the date is the one
+that Llama-3.2's template falls back to).  A macro shadows the library's function of that name."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,10 @@ def encode_text(
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], open_turn: bool
 ) -> str:
-    """Return a conversation as the chat template's text; ``open_turn`` starts the next answer."""
+    """Return a conversation as the chat template's text; ``open_turn`` starts the next answer.
+
+    The text depends on nothing but the conversation and the template.
+    """
     if not tokenizer.chat_template:
         raise DataError(
             "a conversation needs a tokenizer with a chat template, and this model's has none. Use "
@@ -116,6 +129,8 @@ def render(
             [{"role": m.role, "content": m.content} for m in messages],
             tokenize=False,
             add_generation_prompt=open_turn,
+            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+            enable_thinking=False,
         )
     )
 

@@ -142,6 +142,10 @@ def test_other_installed_version_stops_the_run(
 def test_bundle_trains_the_pocket_when_it_is_nowhere(
     python: Callable[..., str], tmp_path: Path
 ) -> None:
-    folder = Path(python("-c", WHERE, timeout=1200.0).strip())
+    *said, place = python("-c", f"import sys; sys.stderr = sys.stdout; {WHERE}").splitlines()
+    folder = Path(place)
     assert folder.is_relative_to(tmp_path / "cache")
-    assert weights_sha256(folder) == WEIGHTS_SHA256
+    assert "training the pocket model" in said[0]
+    # Another processor or library version may give other last bits; then it must say so.
+    same = weights_sha256(folder) == WEIGHTS_SHA256
+    assert same or any("differ from the shipped ones" in line for line in said)

@@ -6,7 +6,7 @@ import pytest
 
 from fedalign.data.records import Message
 from fedalign.errors import DataError
-from fedalign.training.encode import encode, encode_text
+from fedalign.training.encode import encode, encode_text, render
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' if loop.first else '' }}[{{ m.role }}]{{ m.content }}\n"
@@ -65,6 +65,26 @@ def test_conversation_goes_through_the_chat_template(tiny) -> None:
     assert tokenizer.decode(list(got.prompt)) == "<s>[user]Is it fair?\n[assistant]"
     assert tokenizer.decode(list(got.completion)) == "yes it is\n"
     assert got.prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_thinks_is_asked_not_to(tiny) -> None:
+    """As in Qwen3: an answer without thoughts has the empty block, and so must its prompt."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<t></t>{% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]"
+        "{% if enable_thinking is defined and enable_thinking is false %}<t></t>{% endif %}"
+        "{% endif %}"
+    )
+    got = encode(tokenizer, ASK, SAY, eos=True)
+    assert tokenizer.decode(list(got.prompt)) == "[user]Is it fair?\n[assistant]<t></t>"
+    assert tokenizer.decode(list(got.completion)) == "yes it is\n"
+
+
+def test_a_template_that_writes_the_date_gives_the_same_text_every_day(tiny) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert render(tokenizer, ASK, open_turn=True) == "26 Jul 2024 Is it fair?"
 
 
 def test_conversation_without_a_template_is_an_error(tiny) -> None:
