@@ -128,7 +128,7 @@ class Recorder:
             metric=self.metric,
             n=score.n,
             score=score.score,
-            option_mass=score.option_mass,
+            option_mass=score.option_mass if self.directory.form == "survey" else None,
             uniform=score.uniform,
         )
 

@@ -3,8 +3,9 @@
 For each arm and metric: mean over seeds with a t interval.  For each arm against the baseline: the
 mean paired difference with (a) a t interval over seeds and (b) a bootstrap interval over questions
 (one resample of questions for both arms and all groups, differences averaged over seeds).  A
-difference counts as *within noise* unless both intervals exclude 0; with fewer than 3 seeds there
-is no interval and no verdict.
+difference counts as *within noise* unless both intervals exclude 0 (option mass and
+``worst_at_base`` have an interval over seeds only); with fewer than 3 seeds there is no interval
+and no verdict.
 
 ``worst`` is the minimum over groups on test, which is biased down by noise.  Beside it stands
 ``worst_at_base``: the test score of the group that was worst on *validation* at the untouched base,
@@ -267,7 +268,7 @@ def _page(
         f"## Against {baseline}",
         "",
         "Mean paired difference, [95 % over seeds], {95 % over questions}. A difference counts "
-        "only when both intervals exclude 0.",
+        "only when both (where there are two) exclude 0.",
         "",
         "| arm | metric | difference | verdict |",
         "|---|---|---|---|",

@@ -140,8 +140,8 @@ def answerers(task: Task) -> dict[str, Values]:
         asked = [replace(c, test=c.split(split)) for c in clients]
         scores: dict[str, dict[str, float]] = {}
         for row in references(task.config, asked):
-            if row.group and row.score is not None:
-                scores.setdefault(row.name, {})[row.group] = row.score
+            if row.group and row.value is not None:
+                scores.setdefault(row.name, {})[row.group] = row.value
         for key, reference in (("uniform_answerer", "uniform"), ("mean_of_groups",) * 2):
             found.setdefault(key, {}).update(_summarised(name, scores[reference], watched))
         found.setdefault("optimum", {})[f"{name}/average"] = float(

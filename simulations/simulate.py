@@ -92,6 +92,13 @@ def _run_flower(app: ServerApp, nodes: int) -> None:
         # Flower starts an actor on every CPU that Ray counts, and each loads the base model.
         backend_config={
             "init_args": {"num_cpus": min(nodes, os.cpu_count() or 1)},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "client_resources": {"num_cpus": 1, "num_gpus": _gpus_per_client()},
         },
     )
+
+
+def _gpus_per_client() -> float:
+    """One whole GPU for a client app where there is one: each loads the base model."""
+    import torch
+
+    return 1.0 if torch.cuda.is_available() else 0.0

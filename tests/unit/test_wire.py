@@ -28,7 +28,9 @@ NO_ITEMS = replace(SCORE, items=())
 
 
 def train_content(k: int = 2, **changes: object):
-    replies = [wire.TrainReply(f"c{i}", wire.OK, NO_ITEMS, 0.6, 0.9, 0.4, 12, 3, 0.5) for i in range(k)]
+    replies = [
+        wire.TrainReply(f"c{i}", wire.OK, NO_ITEMS, 0.6, 0.9, 0.4, 12, 3, 0.5) for i in range(k)
+    ]
     updates = np.arange(k * MANIFEST.upload_size, dtype=np.float32).reshape(k, -1)
     return replies, updates, wire.encode_train(replies, updates)
 
