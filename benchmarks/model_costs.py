@@ -2,16 +2,18 @@
 
     python benchmarks/model_costs.py
 
-Each architecture is built on torch's meta device from the published configuration (typed in below),
-so nothing is downloaded and no weight exists.  On it this project's own code runs as in training:
-adapter targets, wire layout, scored positions, losses, recomputed activations.
+Each architecture is built from the published configuration (typed in below) with tensors that have
+shapes but no storage (torch's meta device under FakeTensorMode), so nothing is downloaded and no
+weight exists.  On it this project's own code runs as in training: adapter targets, wire layout,
+scored positions, losses, recomputed activations.
 
 - *Parameters, bytes*: counted.
 - *Operations*: counted by torch's FlopCounterMode over forward, recomputation and backward of one
   step (one multiply-add is two operations).
 - *Memory*: weights in bfloat16, the float32 adapter four times (value, gradient, two Adam moments),
-  the input of every layer, what autograd keeps of one layer while it is recomputed (counted), and
-  the logits at scored positions four times in float32.  CUDA's own overhead is not in it.
+  and the most bytes that tensors of a step, or of the largest scoring pass, take at one time
+  (followed through every operation).  CUDA's own context, workspaces and fragmentation come on top:
+  allow 2 GB more.
 - *Seconds*: operations divided by an assumed sustained rate.  **Arithmetic, not a measurement.**
   The adapter's operations are float32 and are divided by a float32 rate.  Launching kernels takes
   time too, which small models and small batches feel: expect two to four times as long.
@@ -23,17 +25,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedalign.config import LocalConfig
 from fedalign.models.base import resolve_targets
-from fedalign.training.batch import Prompt, collate, completion_logps
+from fedalign.training.batch import ROW_TOKENS, Prompt, collate, completion_logps
 from fedalign.training.dpo import differences, pair_losses
 from fedalign.wire import Manifest
 
@@ -77,19 +81,18 @@ class Cost:
     weights: int
     optimiser: int
     """Adapter, gradient and Adam's moments."""
-    inputs: int
-    """Inputs of all layers."""
-    layer: int
-    """What autograd keeps of one layer."""
-    logits: int
+    training: int
+    """Peak of activations, recomputation, logits and gradients in one step."""
+    scoring: int
+    """Peak of the largest forward pass of scoring."""
     operations: int
     """Of one step, the adapter's among them."""
     adapter_operations: int
 
     @property
     def memory(self) -> int:
-        """Bytes on the GPU at the peak of a step."""
-        return self.weights + self.optimiser + self.inputs + self.layer + self.logits
+        """Bytes on the GPU at the peak."""
+        return self.weights + self.optimiser + max(self.training, self.scoring)
 
     @property
     def step_seconds(self) -> float:
@@ -185,37 +188,44 @@ def step_loss(model: Any, work: Work) -> torch.Tensor:
     return pair_losses(delta, share, settings).mean()
 
 
-@contextmanager
-def kept_by_autograd(model: Any) -> Iterator[dict[str, int]]:
-    """Count ``bytes`` that autograd keeps within the context, weights left out."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen: dict[int, torch.Tensor] = {}
-    count = {"bytes": 0}
+class Live(TorchDispatchMode):
+    """Follows the bytes of tensors made within the context; ``peak`` is the most at one time."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in seen:
-            seen[storage._cdata] = tensor  # held, so that no other storage takes its place
-            count["bytes"] += storage.nbytes()
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield count
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                # Views and results in place share the storage of what was given.
+                if storage._cdata not in given:
+                    self._add(storage)
+        return out
 
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
 
-def layer_bytes(config: Any, work: Work) -> int:
-    """Return what autograd keeps of one layer: two layers less one, without recomputation."""
-    kept = []
-    for layers in (1, 2):
-        small = type(config).from_dict(
-            {**config.to_dict(), "num_hidden_layers": layers, "layer_types": None}
-        )
-        model = adapted(network(small), work.rank)
-        model.gradient_checkpointing_disable()
-        with kept_by_autograd(model) as count:
-            step_loss(model, work)
-        kept.append(count["bytes"])
-    return kept[1] - kept[0]
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def cost(name: str, config: Any, work: Work) -> Cost:
@@ -230,8 +240,15 @@ def cost(name: str, config: Any, work: Work) -> Cost:
     entries = sum(math.prod(shape) for _, shape in parts)
     tokens = work.batch * work.tokens
     model = adapted(model, work.rank)
-    with FlopCounterMode(display=False) as counter:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, FlopCounterMode(display=False) as counter:
         step_loss(model, work).backward()
+    with fake, Live() as training:
+        step_loss(model, work).backward()
+    largest = replace(work, batch=ROW_TOKENS // work.tokens)
+    model.train(False)
+    with fake, torch.no_grad(), Live() as scoring:
+        step_loss(model, largest)
     return Cost(
         model=name,
         parameters=parameters,
@@ -241,9 +258,8 @@ def cost(name: str, config: Any, work: Work) -> Cost:
         up_frozen_a=sent[True] * FLOAT32,
         weights=parameters * BFLOAT16,
         optimiser=entries * FLOAT32 * 4,
-        inputs=tokens * config.hidden_size * config.num_hidden_layers * BFLOAT16,
-        layer=layer_bytes(config, work),
-        logits=work.batch * config.vocab_size * FLOAT32 * 4,
+        training=training.peak,
+        scoring=scoring.peak,
         operations=counter.get_total_flops(),
         # Forward, recomputed forward, and twice that for the gradients of input and factor.
         adapter_operations=8 * tokens * entries,
@@ -263,9 +279,8 @@ def table(costs: list[Cost], work: Work) -> str:
         ("the same, `frozen-a` (MB)", [f"{c.up_frozen_a / mega:.1f}" for c in costs]),
         ("GPU memory: weights (GB)", [f"{c.weights / giga:.2f}" for c in costs]),
         ("adapter, gradient, Adam (GB)", [f"{c.optimiser / giga:.2f}" for c in costs]),
-        ("inputs of all layers (GB)", [f"{c.inputs / giga:.2f}" for c in costs]),
-        ("one layer recomputed (GB)", [f"{c.layer / giga:.2f}" for c in costs]),
-        ("logits at scored positions (GB)", [f"{c.logits / giga:.2f}" for c in costs]),
+        ("a training step (GB)", [f"{c.training / giga:.2f}" for c in costs]),
+        ("the largest scoring pass (GB)", [f"{c.scoring / giga:.2f}" for c in costs]),
         ("GPU memory in all (GB)", [f"{c.memory / giga:.1f}" for c in costs]),
         ("operations a step (10^12)", [f"{c.operations / tera:.1f}" for c in costs]),
         ("a step (s)", [f"{c.step_seconds:.2f}" for c in costs]),

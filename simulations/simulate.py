@@ -20,7 +20,7 @@ from clients.app import app as client_app
 from clients.store import population
 from fedalign.compat import become_flower_process, quiet_flower
 from fedalign.config import Config, resolve_metric
-from fedalign.errors import ConfigError
+from fedalign.errors import ConfigError, RunFailed
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
 from server.app import make_app
@@ -43,6 +43,7 @@ def simulate(
         engine: ``inprocess`` or ``flower`` (needs the extra ``fedalign[ray]``).
         nodes: virtual nodes the clients are dealt over.
 
+    A run that finishes with too little option mass is returned, with ``option_mass_ok`` false.
     Raises ``DataError``, ``ConfigError``, ``RunFailed`` and ``ResumeError``.
     """
     if engine not in ENGINES:
@@ -58,12 +59,17 @@ def simulate(
         ledger.put_references(references(config, clients))
     outcomes: list[Outcome] = []
     app = make_app(config, progress, outcomes.append)
-    if engine == "inprocess":
-        become_flower_process()
-        context = Context(1, 0, {}, RecordDict(), {})
-        app(InProcessGrid(client_app, nodes), context)
-    else:
-        _run_flower(app, nodes)
+    try:
+        if engine == "inprocess":
+            become_flower_process()
+            context = Context(1, 0, {}, RecordDict(), {})
+            app(InProcessGrid(client_app, nodes), context)
+        else:
+            _run_flower(app, nodes)
+    except RunFailed:
+        if not outcomes:
+            raise
+        # The run finished and lost its option mass: the outcome says so, and has a report.
     return outcomes[0]
 
 

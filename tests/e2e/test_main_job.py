@@ -231,3 +231,8 @@ def test_low_option_mass_fails_the_run(small: Callable[..., Config]) -> None:
     with Ledger(outcome.folder / LEDGER, readonly=True) as ledger:
         assert ledger.run()["status"] == "failed: option mass"
     assert "failed" in (outcome.folder / "report.html").read_text().lower()
+
+
+def test_low_option_mass_still_returns_the_report(small: Callable[..., Config]) -> None:
+    config = replace(small(), score=replace(small().score, min_option_mass=1.0))
+    assert not simulate(config, QuietProgress()).option_mass_ok

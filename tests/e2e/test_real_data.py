@@ -31,7 +31,7 @@ from simulations.real_data import (
 )
 
 SMALL = {"run.rounds": 1, "local.steps": 1, "local.batch-size": 4}
-QUESTIONS = {"goqa": 150, "polis": 120}
+QUESTIONS = {"goqa": 100, "polis": 450}
 
 
 def plain(text: str) -> str:
