@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from fedalign.config import Config, DataConfig, RunConfig, config_hash
 from fedalign.data.load import load_dataset
 from fedalign.data.partition import build_clients
-from fedalign.data.records import ClientData
+from fedalign.data.records import ClientData, Dataset
 from fedalign.runfolder import PERSONAL
 
 
@@ -32,10 +32,20 @@ def population(config: Config) -> tuple[ClientData, ...]:
     return _population(config.data, config.run.seed)
 
 
+def dataset(config: Config) -> Dataset:
+    """Return the configured dataset, with every row that was left out and why."""
+    return _dataset(config.data, config.run.seed)
+
+
+@lru_cache(maxsize=2)
+def _dataset(data: DataConfig, seed: int) -> Dataset:
+    return load_dataset(data, seed)
+
+
 @lru_cache(maxsize=2)
 def _population(data: DataConfig, seed: int) -> tuple[ClientData, ...]:
     config = Config(run=RunConfig(seed=seed), data=data)
-    return build_clients(load_dataset(data, seed), config)
+    return build_clients(_dataset(data, seed), config)
 
 
 def hosted(names: Sequence[str], partition: int, partitions: int) -> tuple[str, ...]:

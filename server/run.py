@@ -42,9 +42,6 @@ from server.export import write_adapter
 from server.progress import Progress
 from server.strategy import GroupStrategy, QuorumMissed
 
-HELLO_TIMEOUT = 600.0
-"""Seconds a node may take to load the model and the data."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -266,13 +263,14 @@ class _Run:
 def _hello(grid: Grid, config: Config, poll: float) -> Directory:
     """Ask every online node which clients it hosts."""
     nodes = list(grid.get_node_ids())
-    end = time.monotonic() + min(HELLO_TIMEOUT, config.run.round_timeout)
+    timeout = config.run.round_timeout
+    end = time.monotonic() + timeout
     while not nodes and time.monotonic() < end:
         time.sleep(max(poll, 0.1))  # Flower registers virtual nodes in the background
         nodes = list(grid.get_node_ids())
     request = wire.Request("hello", 0, 1, (), to_json(config))
     messages = [
-        Message(wire.encode_request(request), n, wire.HELLO, ttl=HELLO_TIMEOUT, group_id="hello")
+        Message(wire.encode_request(request), n, wire.HELLO, ttl=timeout, group_id="hello")
         for n in sorted(nodes)
     ]
     waiting = set(grid.push_messages(messages))

@@ -2,7 +2,9 @@
 
 *goqa*: countries of GlobalOpinionQA (arXiv 2306.16388) as groups, survey letters, score 1 minus the
 Jensen-Shannon distance.  *polis*: opinion clusters of public conversations as groups, pairs of
-statements, score pair accuracy.  Arms are the weight rules uniform, adaptive and size.
+statements, score pair accuracy.  Arms are the weight rules ``uniform`` and ``adaptive``; others can
+be asked for.  ``size`` is no arm by default: the data say nothing of a group's people, and groups
+hold nearly equal numbers of questions or pairs, so it is nearly ``uniform``.
 
 For each seed a pocket is trained on that seed's training questions, so that neither the base nor
 the adapter has met a test question.  The weights stay in the output folder; they are not shipped.
@@ -19,7 +21,8 @@ wherever no reason is given against them:
   in DPO (arXiv 2305.18290): statements are texts of some forty tokens, and without a reference the
   shorter of two would be preferred.
 - pockets: letters only, because no run uses another format; for polis the loss also covers the text
-  in every step at full weight, because there the base is used as a language model of statements.
+  in every step at full weight, because there the base is used as a language model of statements;
+- six rounds, for time.
 
     python -m simulations.real_data goqa --data shared/data --out DIR --seeds 5
 
@@ -59,7 +62,9 @@ from fedalign.models.pocket_corpus import DEFAULT_SETTINGS, PocketSettings
 from simulations.compare import Task, finished, run_task
 from simulations.real_data_report import Study, write_report
 
-RULES = ("uniform", "adaptive", "size")
+RULES = ("uniform", "adaptive")
+"""The first is the baseline."""
+ROUNDS = 6
 COUNTRIES = 8
 MAX_OPTIONS = 10
 MAX_CHARACTERS = 400
@@ -220,6 +225,7 @@ def run_config(
         {
             "personal.steps": 0,
             "score.seen": True,
+            "run.rounds": ROUNDS,
             **prepared.settings,
             **more,
             "run.seed": seed,
@@ -240,6 +246,7 @@ def real_data(
     workers: int = 1,
     more: Mapping[str, Scalar] | None = None,
     pocket_steps: int = 0,
+    rules: Sequence[str] = RULES,
 ) -> Path:
     """Train the pockets and do the runs that are missing; write the report; return its page.
 
@@ -251,6 +258,7 @@ def real_data(
         workers: runs done at a time.
         more: settings that win over those of the study.
         pocket_steps: steps of a pocket's training; 0 takes the default.
+        rules: weight rules, one arm each; the first is the baseline.
     """
     prepared = PREPARE[name](data, out)
     if pocket_steps:
@@ -261,7 +269,7 @@ def real_data(
     tasks = [
         Task(rule, seed, run_config(prepared, rule, seed, models[seed], out, more))
         for seed in range(seeds)
-        for rule in RULES
+        for rule in rules
     ]
     todo = [t for t in tasks if not finished(t.config)]
     _say(f"{name}: {len(tasks)} runs, {len(tasks) - len(todo)} are finished already")
@@ -271,7 +279,7 @@ def real_data(
         "run": {k: v for k, v in to_flat(tasks[0].config).items() if k not in _OF_ONE_RUN},
         "pocket": asdict(prepared.pocket),
     }
-    return write_report(out, prepared.study, tasks, RULES[0], shown)
+    return write_report(out, prepared.study, tasks, rules[0], shown)
 
 
 _OF_ONE_RUN = ("run.seed", "run.name", "run.out", "weights.rule", "model.name", "data.path")
@@ -337,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for pockets, runs, report")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rules", default=",".join(RULES), help="weight rules; first: baseline")
     parser.add_argument("--pocket-steps", type=int, default=0, help="0: the default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
@@ -352,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.workers,
             more,
             given.pocket_steps,
+            given.rules.split(","),
         )
     except FedalignError as error:
         _say(f"error: {error}")

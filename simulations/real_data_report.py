@@ -107,8 +107,8 @@ def write_report(
 def run_values(folder: Path, stage: str) -> Values:
     """Return what one run scored at ``base`` or ``shared``, on both splits.
 
-    Keys: ``<split>/average``, ``/worst``, ``/worst_at_base``, ``/group/<name>``, ``/option_mass``
-    (1 for pairs, which have no options).  Raises ``FedalignError`` when a client has no score.
+    Keys: ``<split>/average``, ``/worst``, ``/worst_at_base``, ``/group/<name>`` and, for survey
+    data, ``/option_mass``.  Raises ``FedalignError`` when a client has no score.
     """
     watched = worst_at_base(folder)
     values: Values = {}
@@ -122,9 +122,9 @@ def run_values(folder: Path, stage: str) -> Values:
                     "the study needs score.seen = true and a score of every client."
                 )
             values |= _summarised(name, _by_group(rows, "score"), watched)
-            values[f"{name}/option_mass"] = float(
-                np.mean(list(_by_group(rows, "option_mass").values()))
-            )
+            masses = _by_group(rows, "option_mass")
+            if masses:
+                values[f"{name}/option_mass"] = float(np.mean(list(masses.values())))
     return values
 
 

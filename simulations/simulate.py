@@ -8,6 +8,7 @@ answerers are computed from the population and written to the ledger before trai
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import threading
@@ -17,9 +18,11 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from clients.app import app as client_app
-from clients.store import population
+from clients.store import dataset, population
 from fedalign.compat import become_flower_process, quiet_flower
 from fedalign.config import Config, resolve_metric
+from fedalign.data.describe import LITTLE_CONFLICT, describe
+from fedalign.data.records import Dataset
 from fedalign.errors import ConfigError, RunFailed
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
@@ -53,10 +56,14 @@ def simulate(
     quiet_flower()
     progress.phase("population", "reading preferences")
     clients = population(config)
-    config = prepare(config)
     resolve_metric(config, clients[0].form)
-    with Ledger(Path(config.run.out) / LEDGER) as ledger:
+    config = prepare(config)
+    folder = Path(config.run.out)
+    data = dataset(config)
+    _show_data(data, folder, progress)
+    with Ledger(folder / LEDGER) as ledger:
         ledger.put_references(references(config, clients))
+        ledger.put_run(data_name=data.name, data_licence=data.licence, left_out=len(data.bad_rows))
     outcomes: list[Outcome] = []
     app = make_app(config, progress, outcomes.append)
     try:
@@ -71,6 +78,21 @@ def simulate(
             raise
         # The run finished and lost its option mass: the outcome says so, and has a report.
     return outcomes[0]
+
+
+def _show_data(data: Dataset, folder: Path, progress: Progress) -> None:
+    """Say how much the groups disagree, and list every row that was left out in a file."""
+    conflict = describe(data).conflict
+    if conflict is not None and conflict < LITTLE_CONFLICT:
+        progress.warn(
+            f"groups reverse each other's order on only {100 * conflict:.1f} % of shared "
+            "questions; expect no difference between weight rules."
+        )
+    if data.bad_rows:
+        path = folder / "left_out.jsonl"
+        lines = [json.dumps({"source": r.source, "reason": r.reason}) for r in data.bad_rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        progress.warn(f"{len(data.bad_rows)} rows or cells were left out; listed in {path}")
 
 
 def _check_flower_engine() -> None:

@@ -27,8 +27,8 @@ from simulations.real_data import (
     corpus,
     main,
     prepare_goqa,
-    real_data as run_study,
 )
+from simulations.real_data import real_data as run_study
 
 SMALL = {"run.rounds": 1, "local.steps": 1, "local.batch-size": 4}
 QUESTIONS = {"goqa": 100, "polis": 450}
