@@ -196,8 +196,10 @@ class GroupStrategy(Strategy):
                 items += self.recorder.item_rows(stage, row.client, split, score)
         self.ledger.write(phase, server_round, self.attempt, scores=scores, items=items)
         observation = self._observe(
-            server_round, {r.client: r.scores["validation"] for r in rows if r.scores}
+            server_round, {r.client: r.scores.get("validation") for r in rows}
         )
+        if not observation.present():
+            raise QuorumMissed(f"{phase} {server_round}: no client scored a validation question.")
         if phase == "base":
             self.state = history.cold_start(self._settings, observation)
         found = [o.score for o in observation.groups.values() if o.score is not None]

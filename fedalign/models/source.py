@@ -74,7 +74,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(
@@ -85,6 +90,11 @@ def _from_hub(config: ModelConfig) -> Path:
                 ignore_patterns=["*/*"],
             )
         )
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"model.name = '{config.name}' is gated: accept its licence on its page of the Hugging "
+            "Face hub, then log in on this machine with `hf auth login`."
+        ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.name = '{config.name}' could not be fetched from the Hugging Face hub "

@@ -200,7 +200,13 @@ def _score(
         math.isfinite(x) and low - tolerance <= x <= 1 + tolerance
         for x in (score, uniform, *(v for _, v in items))
     )
-    if not in_range or not (math.isfinite(mass) and -tolerance <= mass <= 1 + 1e-3) or n < 1:
+    repeated = len({key for key, _ in items}) != len(items)
+    if (
+        repeated
+        or not in_range
+        or not (math.isfinite(mass) and -tolerance <= mass <= 1 + 1e-3)
+        or n < 1
+    ):
         return None
     return Score(score, int(n), mass, uniform, items)
 

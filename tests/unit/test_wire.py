@@ -139,6 +139,13 @@ def test_a_bad_question_score_condemns_its_client() -> None:
     assert back[0].status == wire.NON_FINITE
 
 
+def test_a_question_reported_twice_condemns_its_client() -> None:
+    broken = replace(SCORE, items=(("q", 0.5), ("q", 0.6)))
+    replies = [wire.ScoreReply("a", wire.OK, {"test": broken})]
+    back = wire.decode_scores(wire.encode_scores(replies, ("test",)), ("a",), ("test",), 0.0)
+    assert back[0].status == wire.NON_FINITE
+
+
 def test_the_metrics_floor_is_kept() -> None:
     replies = [wire.ScoreReply("a", wire.OK, {"test": replace(SCORE, score=0.1, items=())})]
     content = wire.encode_scores(replies, ("test",))
