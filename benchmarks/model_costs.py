@@ -167,7 +167,7 @@ def adapted(model: Any, rank: int) -> Any:
     targets = list(resolve_targets(model, "all-linear", rank))
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     with torch.device("meta"):
-        base = get_peft_model(model, lora, autocast_adapter_dtype=True).get_base_model()
+        base: Any = get_peft_model(model, lora, autocast_adapter_dtype=True).get_base_model()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()
     return base.train()
@@ -197,9 +197,7 @@ class Live(TorchDispatchMode):
         self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {
             t.untyped_storage()._cdata
             for t in tree_leaves((args, kwargs))
@@ -273,7 +271,10 @@ def table(costs: list[Cost], work: Work) -> str:
     personal = work.clients * (2 * work.personal + work.rounds * work.steps)
     rows: list[tuple[str, list[str]]] = [
         ("parameters (billion)", [f"{c.parameters / giga:.3f}" for c in costs]),
-        (f"adapter entries, rank {work.rank} (million)", [f"{c.adapter / mega:.2f}" for c in costs]),
+        (
+            f"adapter, rank {work.rank} (million entries)",
+            [f"{c.adapter / mega:.2f}" for c in costs],
+        ),
         ("to a client, a round (MB)", [f"{c.down / mega:.1f}" for c in costs]),
         ("from a client, a round (MB)", [f"{c.up / mega:.1f}" for c in costs]),
         ("the same, `frozen-a` (MB)", [f"{c.up_frozen_a / mega:.1f}" for c in costs]),

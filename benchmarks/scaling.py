@@ -2,10 +2,11 @@
 
     python benchmarks/scaling.py [--clients 8,64,512] [--out scaling.json]
 
-Every size is a fresh process: the default world's questions dealt to N clients, 2 rounds of 4
-steps, no personal phase.  Reported: seconds a round and client, and the peak resident memory of the
-process (clients and server share it).  ``server_peak`` is the most memory that Python and numpy
-allocations made by server code held at once during a round (tracemalloc, second run).
+Every size is a fresh process.  Client i holds ten questions of its own (six train, two validation,
+two test), taken in turn from the default world with the client's number in the text, so the work of
+a client is the same at every size.  2 rounds of 4 steps, no personal phase.  Reported: seconds of
+round 2 over clients, peak resident memory of the process (clients and server share it), and what
+server and aggregation code held at the end of a round (tracemalloc, in a run of its own).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,35 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+from fedalign.data.records import SurveyItem
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def write_survey(root: Path, clients: int) -> Path:
+    """Write ten questions for each client; return the file."""
+    from fedalign.data.synthetic import generate
+
+    items = [i for i in generate("default", 0).items if isinstance(i, SurveyItem)]
+    groups = sorted(items[0].shares)
+    roles = ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
+    path = root / "survey.jsonl"
+    with path.open("w", encoding="utf-8") as f:
+        for c in range(clients):
+            group = groups[c % len(groups)]
+            for k, role in enumerate(roles):
+                item = items[(10 * c + k) % len(items)]
+                row = {
+                    "question": f"{item.question} (panel {c})",
+                    "options": list(item.options),
+                    "group": group,
+                    "shares": list(item.shares[group]),
+                    "split": role,
+                    "client": f"{group}-{c:05d}",
+                }
+                f.write(json.dumps(row) + "\n")
+    return path
 
 
 def one(clients: int, trace: bool) -> dict[str, float]:
@@ -36,22 +65,23 @@ def one(clients: int, trace: bool) -> dict[str, float]:
     from simulations.grid import InProcessGrid
     from simulations.scenario import load
 
-    share = {"coast": 0.42, "valley": 0.30, "hills": 0.20}
-    counts = {g: max(1, round(clients * s)) for g, s in share.items()}
-    counts["isles"] = max(1, clients - sum(counts.values()))
+    root = Path(tempfile.mkdtemp())
     config = load(
         "default",
         [
             "personal.steps=0",
             "run.rounds=2",
             "local.steps=4",
-            "data.clients-per-group=" + ",".join(f"{g}={n}" for g, n in counts.items()),
-            "local.batch-size=1" if clients > 200 else "local.batch-size=16",
+            "data.source=survey",
+            f"data.path={write_survey(root, clients)}",
+            "data.partition=column",
+            "data.partition-column=client",
+            "data.clients-per-group=1",
         ],
     )
     server.run.build_report = lambda folder: folder / "report.html"
-    with tempfile.TemporaryDirectory() as root:
-        config = prepare(replace(config, run=replace(config.run, out=str(Path(root) / "run"))))
+    try:
+        config = prepare(replace(config, run=replace(config.run, out=str(root / "run"))))
         held: list[int] = []
         if trace:
             import server.strategy
@@ -78,6 +108,8 @@ def one(clients: int, trace: bool) -> dict[str, float]:
         with Ledger(Path(config.run.out) / LEDGER, readonly=True) as ledger:
             rows = [t for t in ledger.timings() if t.round == 2]
             n = len(ledger.clients())
+    finally:
+        shutil.rmtree(root)
     seconds = {t.name: t.seconds for t in rows}
     return {
         "clients": n,
@@ -103,9 +135,12 @@ def main() -> None:
         return
     results = []
     for n in (int(x) for x in arguments.clients.split(",")):
-        command = [sys.executable, __file__, "--one", str(n)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        measured: dict[str, float] = {}
+        for flags in (["--trace"], []):
+            command = [sys.executable, __file__, "--one", str(n), *flags]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            measured |= json.loads(done.stdout.splitlines()[-1])
+        results.append(measured)
         print(json.dumps(results[-1]), file=sys.stderr)
     first, last = results[0], results[-1]
     text = json.dumps(
