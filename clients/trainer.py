@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
 
 # One thread a client process: small matrices run slower on many, and sums keep their order.
@@ -340,10 +339,16 @@ def resident_trainer(config: Config) -> ResidentTrainer:
 _last: dict[str, object] = {}
 
 
-@lru_cache(maxsize=1)
+_models: dict[tuple[ModelConfig, bool], ResidentModel] = {}
+
+
 def _model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
     """Return the resident base; runs of one process that share it do not load it again."""
-    return ResidentModel(model, frozen_a)
+    key = (model, frozen_a)
+    if key not in _models:
+        _models.clear()  # let go of the old base before the new one is loaded
+        _models[key] = ResidentModel(model, frozen_a)
+    return _models[key]
 
 
 def _usable_clients(

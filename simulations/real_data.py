@@ -22,7 +22,7 @@ wherever no reason is given against them:
   shorter of two would be preferred.
 - pockets: letters only, because no run uses another format; for polis the loss also covers the text
   in every step at full weight, because there the base is used as a language model of statements;
-- six rounds, for time.
+- six rounds (goqa) and four (polis, where scoring thousands of texts costs most), for time.
 
     python -m simulations.real_data goqa --data shared/data --out DIR --seeds 5
 
@@ -64,7 +64,6 @@ from simulations.real_data_report import Study, write_report
 
 RULES = ("uniform", "adaptive")
 """The first is the baseline."""
-ROUNDS = 6
 COUNTRIES = 8
 MAX_OPTIONS = 10
 MAX_CHARACTERS = 400
@@ -126,6 +125,7 @@ def prepare_goqa(data: Path, out: Path) -> Prepared:
         "data.source": "goqa",
         "data.path": str(_write_rows(out / "data", "questions", chosen)),
         "score.metric": "js_distance",
+        "run.rounds": 6,
     }
     pocket = replace(DEFAULT_SETTINGS, mix=(1.0, 0.0, 0.0))
     return Prepared(study, settings, pocket, _write_rows(out / "data", "corpus", rows))
@@ -165,6 +165,7 @@ def prepare_polis(data: Path, out: Path) -> Prepared:
         "data.form": "pairs",
         "data.groups": ",".join(names),
         "score.metric": "pair_accuracy",
+        "run.rounds": 4,
         "local.reference": "base",
         "local.beta": 0.1,
     }
@@ -225,7 +226,6 @@ def run_config(
         {
             "personal.steps": 0,
             "score.seen": True,
-            "run.rounds": ROUNDS,
             **prepared.settings,
             **more,
             "run.seed": seed,

@@ -216,7 +216,9 @@ def resolve_targets(network: PreTrainedModel, targets: str, rank: int) -> tuple[
 
 def _load(folder: Path, dtype: torch.dtype) -> _Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # ours is the only progress on the terminal
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for part in (config, config.get_text_config()):
         _no_dropout(part)
