@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedalign.config import Config
 from fedalign.errors import ResumeError
+from fedalign.ledger import Ledger
 
 LEDGER = "ledger.sqlite"
 CHECKPOINT = "checkpoint.safetensors"
@@ -48,7 +49,7 @@ def prepare(config: Config) -> Config:
             if not folder.exists():
                 break
             folder = root / f"{config.run.name}-{stamp}-{i}"
-    holds_run = (folder / LEDGER).exists()
+    holds_run = _holds_run(folder)
     if holds_run and not config.run.resume:
         raise ResumeError(
             f"{folder} already holds a run. Choose another run.out, or resume it "
@@ -58,3 +59,17 @@ def prepare(config: Config) -> Config:
         raise ResumeError(f"{folder} holds no run to resume.")
     folder.mkdir(parents=True, exist_ok=True)
     return replace(config, run=replace(config.run, out=str(folder.resolve())))
+
+
+def _holds_run(folder: Path) -> bool:
+    """Say whether a run began here; a ledger without settings is what a failed start left."""
+    if (folder / CHECKPOINT).exists():
+        return True
+    if not (folder / LEDGER).exists():
+        return False
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
+        if "config" in ledger.run():
+            return True
+    for path in folder.glob(f"{LEDGER}*"):
+        path.unlink()
+    return False

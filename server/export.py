@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedalign.report.card import model_card
-
 from fedalign import wire
 from fedalign.config import from_json
 from fedalign.errors import FedalignError
 from fedalign.export import export_adapter
 from fedalign.ledger import Ledger
 from fedalign.models.layout import unpack
+from fedalign.report.card import model_card
 from fedalign.runfolder import CHECKPOINT, LEDGER
 from server.checkpoint import Checkpoint, load
 

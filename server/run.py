@@ -268,6 +268,11 @@ def _hello(grid: Grid, config: Config, poll: float) -> Directory:
     while not nodes and time.monotonic() < end:
         time.sleep(max(poll, 0.1))  # Flower registers virtual nodes in the background
         nodes = list(grid.get_node_ids())
+    if not nodes:
+        raise RunFailed(
+            f"no node came online within run.round-timeout = {timeout:g} s. Start the nodes, or "
+            "wait longer."
+        )
     request = wire.Request("hello", 0, 1, (), to_json(config))
     messages = [
         Message(wire.encode_request(request), n, wire.HELLO, ttl=timeout, group_id="hello")

@@ -65,7 +65,7 @@ def simulate(
             stored = ledger.run().get("config")
         if stored is None:
             raise ResumeError(
-                f"{path}: the run stopped before it began. Start it again in a new folder."
+                f"{path}: the run stopped before it began. Start it again; the folder can be used."
             )
         config = from_flat(stored | {"run.out": str(path), "run.resume": True})
     else:
@@ -103,7 +103,7 @@ def compare(
         list[str] | None,
         typer.Option(help="Also vary a setting: section.key=a|b|c. May be repeated."),
     ] = None,
-    baseline: Annotated[str, typer.Option(help="Arm that the others are compared with.")] = "",
+    baseline: Annotated[str, typer.Option(help="Arms that the others are compared with.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     settings: Set = None,
 ) -> None:

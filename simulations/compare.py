@@ -88,11 +88,12 @@ def compare(
     """Do every run that is not finished, then write the comparison; return its Markdown page."""
     base = scenarios.load(scenario, ["personal.steps=0", *settings])
     chosen = arms(rules, vary)
-    baseline = baseline or chosen[0].name
-    if baseline not in [a.name for a in chosen]:
-        raise ConfigError(
-            f"baseline '{baseline}' is not one of the arms: {', '.join(a.name for a in chosen)}."
-        )
+    baselines = [b.strip() for b in baseline.split(",") if b.strip()] or [chosen[0].name]
+    for name in baselines:
+        if name not in [a.name for a in chosen]:
+            raise ConfigError(
+                f"baseline '{name}' is not one of the arms: {', '.join(a.name for a in chosen)}."
+            )
     tasks = [
         Task(arm.name, seed, _config(base, arm, seed, out))
         for seed in range(seeds)
@@ -105,7 +106,7 @@ def compare(
         console.print(f"{len(tasks) - len(todo)} of {len(tasks)} runs are finished already")
     _run_all(todo, workers, console)
     runs = [Run(t.arm, t.seed, Path(t.config.run.out)) for t in tasks]
-    return write_comparison(out, runs, baseline, base, scenario)
+    return write_comparison(out, runs, baselines, base, scenario)
 
 
 def finished(config: Config) -> bool:

@@ -48,9 +48,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus the baseline, for one metric."""
+    """One arm minus a baseline, for one metric."""
 
     arm: str
+    baseline: str
     metric: str
     seeds: Interval | None
     questions: tuple[float, float] | None
@@ -59,13 +60,14 @@ class Difference:
 
 
 def write_comparison(
-    out: Path, runs: Sequence[Run], baseline: str, config: Config, scenario: str
+    out: Path, runs: Sequence[Run], baselines: Sequence[str], config: Config, scenario: str
 ) -> Path:
     """Write comparison.json, comparison.svg, comparison.md into ``out``; return the page."""
     table = {arm: _by_seed([r for r in runs if r.arm == arm]) for arm in _arms(runs)}
     items = {(r.arm, r.seed): _items(r.folder) for r in runs}
     differences = [
         _difference(table, items, arm, baseline, metric)
+        for baseline in baselines
         for arm in table
         if arm != baseline
         for metric in METRICS
@@ -74,7 +76,7 @@ def write_comparison(
     extra = {arm: _extras([r for r in runs if r.arm == arm]) for arm in table}
     data = {
         "scenario": scenario,
-        "baseline": baseline,
+        "baselines": list(baselines),
         "settings": to_flat(config),
         "seeds": sorted({r.seed for r in runs}),
         "values": {a: {str(s): v for s, v in by.items()} for a, by in table.items()},
@@ -84,7 +86,7 @@ def write_comparison(
     write_text(out / "comparison.json", json.dumps(data, indent=1, sort_keys=True))
     _plot(out / "comparison.svg", table, extra)
     page = out / "comparison.md"
-    write_text(page, _page(table, extra, differences, baseline, config, scenario))
+    write_text(page, _page(table, extra, differences, baselines, config, scenario))
     return page
 
 
@@ -166,12 +168,16 @@ def _difference(
     seeds = paired_difference(a, b)
     questions = _question_interval(items, sorted(a), arm, baseline, metric)
     if seeds is None:
-        return Difference(arm, metric, None, questions, "no interval (fewer than 3 seeds)")
+        return Difference(
+            arm, baseline, metric, None, questions, "no interval (fewer than 3 seeds)"
+        )
     lows, highs = [seeds.low], [seeds.high]
     if questions is not None:
         lows.append(questions[0])
         highs.append(questions[1])
-    return Difference(arm, metric, seeds, questions, verdict(lows, highs, metric != "gap"))
+    return Difference(
+        arm, baseline, metric, seeds, questions, verdict(lows, highs, metric != "gap")
+    )
 
 
 def verdict(lows: Sequence[float], highs: Sequence[float], higher_is_better: bool = True) -> str:
@@ -219,7 +225,7 @@ def _page(
     table: Mapping[str, Mapping[int, Mapping[str, float]]],
     extra: Mapping[str, Mapping[str, Mapping[str, float]]],
     differences: Sequence[Difference],
-    baseline: str,
+    baselines: Sequence[str],
     config: Config,
     scenario: str,
 ) -> str:
@@ -265,10 +271,19 @@ def _page(
         )
     lines += [
         "",
-        f"## Against {baseline}",
+        "Below: mean paired difference, [95 % over seeds], {95 % over questions}. A difference",
+        "counts only when both (where there are two) exclude 0.",
+    ]
+    for baseline in baselines:
+        lines += _against(baseline, [d for d in differences if d.baseline == baseline])
+    lines += ["", "![average against worst group](comparison.svg)", ""]
+    return "\n".join(lines)
+
+
+def _against(baseline: str, differences: Sequence[Difference]) -> list[str]:
+    lines = [
         "",
-        "Mean paired difference, [95 % over seeds], {95 % over questions}. A difference counts "
-        "only when both (where there are two) exclude 0.",
+        f"## Against {baseline}",
         "",
         "| arm | metric | difference | verdict |",
         "|---|---|---|---|",
@@ -276,21 +291,25 @@ def _page(
     lines += [
         f"| {d.arm} | {d.metric} | {_difference_cell(d)} | {d.verdict} |" for d in differences
     ]
-    noise = [f"{d.arm} ({d.metric})" for d in differences if d.verdict == NOISE]
     clear = [d for d in differences if d.verdict in ("better", "worse")]
-    lines += ["", "## In words", ""]
+    noise: dict[str, list[str]] = {}
+    for d in differences:
+        if d.verdict == NOISE:
+            noise.setdefault(d.arm, []).append(d.metric)
+    lines += ["", "In words:", ""]
     lines += [
         f"- {d.arm} is {d.verdict} than {baseline} on {d.metric}: "
         f"{d.seeds.centre:+.4f} [{d.seeds.low:+.4f}, {d.seeds.high:+.4f}]."
         for d in clear
         if d.seeds is not None
     ]
-    if noise:
-        lines.append(f"- Within noise: {', '.join(noise)}.")
+    lines += [
+        f"- {arm} and {baseline}: no difference beyond noise on {', '.join(metrics)}."
+        for arm, metrics in noise.items()
+    ]
     if not clear:
         lines.append("- No difference is measurable at this size.")
-    lines += ["", "![average against worst group](comparison.svg)", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def mean_cell(values: Sequence[float], digits: int = 3) -> str:

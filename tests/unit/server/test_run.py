@@ -153,6 +153,21 @@ def test_a_node_that_cannot_start_fails_the_run(settings: Make, make_app: Make) 
         run(settings(), make_app(), fault=fault)
 
 
+def test_a_folder_left_by_a_failed_start_can_be_used_again(settings: Make, make_app: Make) -> None:
+    def fault(node: int, message: Message) -> str | None:
+        return "error" if message.metadata.message_type == "query.hello" else None
+
+    config = settings()
+    with pytest.raises(RunFailed):
+        run(config, make_app(), fault=fault)
+    run(prepare(config), make_app())
+
+
+def test_no_node_at_all_is_said(settings: Make, make_app: Make) -> None:
+    with pytest.raises(RunFailed, match="no node came online"):
+        run(settings(run__round_timeout=0.2), make_app(), nodes=0)
+
+
 def test_early_stop_ends_training_and_says_so(settings: Make, make_app: Make) -> None:
     config = settings(run__rounds=50, run__early_stop_patience=2, personal__steps=0)
     folder = run(config, make_app())
