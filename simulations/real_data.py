@@ -3,8 +3,9 @@
 *goqa*: countries of GlobalOpinionQA (arXiv 2306.16388) as groups, survey letters, score 1 minus the
 Jensen-Shannon distance.  *polis*: opinion clusters of public conversations as groups, pairs of
 statements, score pair accuracy.  Arms are the weight rules ``uniform`` and ``adaptive``; others can
-be asked for.  ``size`` is no arm by default: the data say nothing of a group's people, and groups
-hold nearly equal numbers of questions or pairs, so it is nearly ``uniform``.
+be asked for.  ``size`` is no arm by default: the data say nothing of a group's people, so it would
+count questions, of which groups hold nearly equal numbers (goqa), or pairs, of which they hold
+equal numbers (polis).
 
 For each seed a pocket is trained on that seed's training questions, so that neither the base nor
 the adapter has met a test question.  The weights stay in the output folder; they are not shipped.
@@ -154,7 +155,10 @@ def prepare_polis(data: Path, out: Path) -> Prepared:
             'disagreed with Y" implies a preference; nobody compared X with Y.',
             "The clusters were computed from the same votes, so groups differ by construction.",
             "The reference is the base, so every margin of the base is 0 and it scores 1/2, like "
-            "the uniform answerer.",
+            "the uniform answerer. No group is then worst at the base: the column shows the first "
+            "group by name.",
+            "The worst group is the lowest of six noisy scores, the untrained answerers' is 1/2 "
+            "without noise. A worst group a little below 1/2 is no sign of harm.",
             "Pairs of one conversation share statements; they are far fewer independent facts "
             "than pairs.",
         ),

@@ -123,7 +123,7 @@ def run_values(folder: Path, stage: str) -> Values:
                 )
             values |= _summarised(name, _by_group(rows, "score"), watched)
             masses = _by_group(rows, "option_mass")
-            if masses:
+            if masses and rows[0].metric != "pair_accuracy":  # pairs have no options
                 values[f"{name}/option_mass"] = float(np.mean(list(masses.values())))
     return values
 
