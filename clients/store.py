@@ -8,8 +8,9 @@ leaves it except as listed in ``fedalign.wire``.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 from fedalign.config import Config, DataConfig, RunConfig, config_hash
 from fedalign.data.load import load_dataset
 from fedalign.data.partition import build_clients
-from fedalign.data.records import ClientData, Dataset
+from fedalign.data.records import SPLITS, ClientData, Dataset, SurveyItem, plain
 from fedalign.runfolder import PERSONAL
 
 
@@ -74,3 +75,18 @@ def keep_personal_adapter(config: Config, client: str, adapter: np.ndarray) -> P
     )
     temporary.replace(path)
     return path
+
+
+def fingerprint(clients: Iterable[ClientData]) -> str:
+    """Return the SHA-256 of who holds what, so that a resume notices changed data."""
+    digest = hashlib.sha256()
+    for client in clients:
+        for split in SPLITS:
+            for item in client.split(split):
+                answer = (
+                    sorted(item.shares.items())
+                    if isinstance(item, SurveyItem)
+                    else (item.comparison, plain(item.chosen), item.vote_share)
+                )
+                digest.update(repr((client.name, client.group, split, item.key, answer)).encode())
+    return digest.hexdigest()

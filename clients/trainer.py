@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 
 # One thread a client process: small matrices run slower on many, and sums keep their order.
@@ -26,9 +27,16 @@ import torch
 from clients.store import keep_personal_adapter, population
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
-from fedalign.config import Config, ModelConfig, config_hash, resolve_metric
+from fedalign.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    config_hash,
+    resolve_metric,
+)
 from fedalign.data.records import BadRow, ClientData, Item, Pair, SurveyItem
-from fedalign.errors import WireError
+from fedalign.errors import DataError, WireError
 from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array, pack
@@ -58,7 +66,7 @@ class ResidentTrainer:
         self.config = config
         self.frozen_a = config.aggregation.method == "frozen-a"
         self.model = _model(config.model, self.frozen_a)
-        self.clients, self.bad_rows = _usable_clients(self.model, config)
+        self.clients, self.bad_rows = usable_clients(config)
         self.form = next(iter(self.clients.values())).form
         self.metric = resolve_metric(config, self.form)
         self.manifest = wire.Manifest(
@@ -139,8 +147,12 @@ class ResidentTrainer:
                 replies.append(wire.TrainReply(name, wire.UNKNOWN_CLIENT))
                 continue
             result, score = results[name], scores[(name, "validation")]
-            if result.adapter is None or score is None:
-                log.error("client %s: %s", name, result.failure or "no score")
+            if score is None:
+                log.error("client %s: no validation question has a defined score", name)
+                replies.append(wire.TrainReply(name, wire.NO_DATA))
+                continue
+            if result.adapter is None:
+                log.error("client %s: %s", name, result.failure)
                 replies.append(wire.TrainReply(name, wire.NON_FINITE))
                 continue
             updates[i] = result.adapter[upload]
@@ -165,7 +177,8 @@ class ResidentTrainer:
         """Train each client on from the shared adapter and, beside it, on local data alone.
 
         ``local_only`` takes the same number of steps from the untouched base; ``local_only_total``
-        takes as many as the client took in the whole run (``rounds`` rounds and the personal ones).
+        takes as many as a client that is sampled in every round takes in all (``rounds`` times the
+        local steps, and the personal ones).
         The personal adapter is kept on this machine; only its test score is returned.
         """
         _known, unknown = self._sort_out(names)
@@ -254,14 +267,11 @@ class ResidentTrainer:
     ) -> dict[tuple[str, str], wire.Score | None]:
         """Each distinct question goes through the model once, whoever asks it."""
         items = {t: [i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks}
-        distinct: dict[str, SurveyItem] = {i.key: i for task in items.values() for i in task}
-        answers = dict(
-            zip(
-                distinct,
-                score_survey(self.model, [(i.question, i.options) for i in distinct.values()]),
-                strict=True,
-            )
+        # By text, not by key: keys fold case and white space, which a model does not.
+        distinct = list(
+            dict.fromkeys((i.question, i.options) for own in items.values() for i in own)
         )
+        answers = dict(zip(distinct, score_survey(self.model, distinct), strict=True))
         found: dict[tuple[str, str], wire.Score | None] = {}
         for task, own in items.items():
             group = self.clients[task[0]].group
@@ -271,13 +281,14 @@ class ResidentTrainer:
                 continue
             truth = [i.shares[group] for i in own]
             ordinals = [i.ordinals for i in own]
-            predicted = [answers[i.key].probabilities for i in own]
+            found_answers = [answers[(i.question, i.options)] for i in own]
+            predicted = [a.probabilities for a in found_answers]
             even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
             values = _defined(score_questions(self.metric, predicted, truth, ordinals))
             found[task] = wire.Score(
                 score=float(np.mean(values)),
                 n=len(values),
-                option_mass=float(np.mean([answers[i.key].option_mass for i in own])),
+                option_mass=float(np.mean([a.option_mass for a in found_answers])),
                 uniform=float(
                     np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))
                 ),
@@ -351,17 +362,37 @@ def _model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
     return _models[key]
 
 
+def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    """Return the population this model can take, by name, and the rows it cannot.
+
+    Such rows are too long, have more than 26 options, or a prompt that is no token prefix.
+    Raises ``DataError`` naming the first one unless ``data.skip-bad`` is on, and for a client that
+    keeps no training or validation question.
+    """
+    frozen_a = config.aggregation.method == "frozen-a"
+    return _usable_clients(_model(config.model, frozen_a), config.data, config.run.seed)
+
+
+@lru_cache(maxsize=1)
 def _usable_clients(
-    model: ResidentModel, config: Config
+    model: ResidentModel, data: DataConfig, seed: int
 ) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
-    clients = {c.name: c for c in population(config)}
+    clients: dict[str, ClientData] = {}
     bad: list[BadRow] = []
-    if config.data.skip_bad:
-        for name, data in clients.items():
-            clients[name], rows = drop_unusable(model, data)
-            bad += rows
-        for row in bad:
-            log.warning("left out %s: %s", row.source, row.reason)
+    for client in population(Config(run=RunConfig(seed=seed), data=data)):
+        usable, rows = drop_unusable(model, client)
+        if rows and not data.skip_bad:
+            raise DataError(
+                f"{rows[0].source}: {rows[0].reason} Correct the row, or use --set "
+                "data.skip-bad=true, which leaves such rows out and lists them."
+            )
+        if not (usable.train and usable.validation):
+            raise DataError(
+                f"client '{client.name}': the model can take none of its training or validation "
+                f"questions; {len(rows)} were left out. First: {rows[0].reason}"
+            )
+        clients[client.name] = usable
+        bad += rows
     return clients, tuple(bad)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedalign import wire
+from fedalign.aggregation.clients import capped_sizes
 from fedalign.errors import RunFailed
 from fedalign.randomness import generator
 
@@ -43,11 +44,14 @@ class Directory:
         return tuple(sorted({m.group for m in self.members.values()}))
 
     def group_sizes(self) -> dict[str, int]:
-        """Return the summed size claims of each group."""
-        sizes = dict.fromkeys(self.groups, 0)
+        """Return each group's size: the sum of its clients' claims, capped at 4 times the median.
+
+        A group of one client has no median to be held against: its claim counts as it is.
+        """
+        claims: dict[str, list[int]] = {g: [] for g in self.groups}
         for m in self.members.values():
-            sizes[m.group] += m.size
-        return sizes
+            claims[m.group].append(m.size)
+        return {g: round(sum(capped_sizes(sizes))) for g, sizes in claims.items()}
 
     def sample(self, seed: int, round_: int, count: int) -> tuple[str, ...]:
         """Return ``count`` clients drawn uniformly for a round (0: all), sorted by name."""

@@ -68,10 +68,12 @@ class Recorder:
             )
             for c, r in sorted(usable.items())
         ]
-        sizes = self.directory.group_sizes()
-        replied = dict.fromkeys(sizes, 0)
+        examples = dict.fromkeys(self.directory.groups, 0)
+        for m in members.values():
+            examples[m.group] += m.train
+        replied = dict.fromkeys(examples, 0)
         for c in usable:
-            replied[members[c].group] += members[c].size
+            replied[members[c].group] += members[c].train
         self.ledger.write(
             "train",
             round_,
@@ -89,7 +91,7 @@ class Recorder:
                     history=state.history[g].value if g in state.history else None,
                     score=o.score,
                     present=o.present,
-                    coverage=replied[g] / sizes[g],
+                    coverage=replied[g] / examples[g],
                 )
                 for g, o in sorted(observation.groups.items())
             ],

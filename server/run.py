@@ -145,7 +145,7 @@ class _Run:
             result = self.strategy.result
             assert result is not None
             assert self.strategy.spool is not None
-            best, since = self._early_stop(result.scores)
+            best, since = self._early_stop({g: h.value for g, h in result.state.history.items()})
             patience = self.config.run.early_stop_patience
             stop = patience > 0 and since >= patience
             self._commit(
@@ -207,6 +207,8 @@ class _Run:
                 attempt(round_)
                 return
             except QuorumMissed as error:
+                if (phase, round_, number) not in self.ledger.attempts():
+                    self.ledger.write(phase, round_, number)
                 self.ledger.event(
                     "round-void", str(error), phase=phase, round=round_, attempt=number
                 )
@@ -250,6 +252,8 @@ class _Run:
         self.ledger.commit(*triple)
 
     def _early_stop(self, scores: dict[str, float]) -> tuple[float | None, int]:
+        """Return best value and rounds since; ``scores`` are the histories of *all* groups, so that
+        rounds with other clients can be compared."""
         if self.config.run.early_stop_patience == 0:
             return None, 0
         values = list(scores.values())

@@ -152,6 +152,10 @@ class GroupStrategy(Strategy):
             self.config.weights.within_group,
         )
         combined = self._combine(shares)
+        if not np.isfinite(combined.adapter).all():
+            raise RunFailed(
+                f"round {server_round}: the combined adapter is not finite; nothing was committed."
+            )
         scores = {g: float(o.score) for g, o in observation.groups.items() if o.score is not None}
         self.recorder.train_round(
             server_round,
@@ -200,6 +204,13 @@ class GroupStrategy(Strategy):
         )
         if not observation.present():
             raise QuorumMissed(f"{phase} {server_round}: no client scored a validation question.")
+        mute = {self.directory.members[r.client].group for r in rows} - set(observation.present())
+        if mute:
+            raise RunFailed(
+                f"group '{min(mute)}' has no validation question with a defined score "
+                f"({self.recorder.metric}). Choose another score.metric, or leave the group out "
+                "with data.groups."
+            )
         if phase == "base":
             self.state = history.cold_start(self._settings, observation)
         found = [o.score for o in observation.groups.values() if o.score is not None]

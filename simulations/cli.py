@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer  # noqa: E402
 
 from fedalign.config import Scalar  # noqa: E402
-from fedalign.errors import FedalignError, ResumeError, RunFailed  # noqa: E402
+from fedalign.errors import ConfigError, FedalignError, ResumeError, RunFailed  # noqa: E402
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +51,7 @@ def simulate(
     nodes: Annotated[int, typer.Option(min=1, help="Virtual nodes to deal clients over.")] = 1,
 ) -> None:
     """Run one federation on this machine, from private preferences to a fairness report."""
-    from fedalign.config import from_flat
+    from fedalign.config import from_flat, parse_override
     from simulations import scenario as scenarios
 
     if resume is not None:
@@ -67,7 +67,12 @@ def simulate(
             raise ResumeError(
                 f"{path}: the run stopped before it began. Start it again; the folder can be used."
             )
-        config = from_flat(stored | {"run.out": str(path), "run.resume": True})
+        if seed is not None or out is not None or scenario != "default":
+            raise ConfigError(
+                "--resume goes on with a run as it was begun; leave out scenario, --seed and --out."
+            )
+        changed = dict(parse_override(text) for text in settings or ())
+        config = from_flat(stored | changed | {"run.out": str(path), "run.resume": True})
     else:
         options: dict[str, Scalar] = {}
         if seed is not None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 
 SHOWN = 6
 """Groups printed in a round's line; the others are counted."""
@@ -22,13 +23,13 @@ class TerminalProgress:
 
     def start(self, out: str, clients: int, groups: int, rounds: int) -> None:
         """Print where the output goes."""
-        self.console.print(f"run folder  {out}", soft_wrap=True)
+        self.console.print(f"run folder  {escape(out)}", soft_wrap=True)
         self.console.print(f"population  {clients} clients in {groups} groups, {rounds} rounds")
 
     def phase(self, name: str, detail: str = "") -> None:
         """Print the phase with the time since the start."""
         elapsed = time.monotonic() - self._began
-        self.console.print(f"[dim]{elapsed:6.1f}s[/]  {name:<10}  {detail}")
+        self.console.print(f"[dim]{elapsed:6.1f}s[/]  {name:<10}  {escape(detail)}")
         self._training = time.monotonic()
 
     def round(
@@ -42,7 +43,8 @@ class TerminalProgress:
         left = (now - (self._training or now)) / done * (rounds - round_)
         ranked = sorted(scores, key=lambda g: (scores[g], g))
         text = "  ".join(
-            f"{g} {scores[g]:.3f} [dim]w {weights.get(g, 0.0):.2f}[/]" for g in ranked[:SHOWN]
+            f"{escape(g)} {scores[g]:.3f} [dim]w {weights.get(g, 0.0):.2f}[/]"
+            for g in ranked[:SHOWN]
         )
         more = f"  [dim]+{len(ranked) - SHOWN} groups[/]" if len(ranked) > SHOWN else ""
         elapsed = now - self._began
@@ -54,7 +56,7 @@ class TerminalProgress:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(f"[yellow]warning[/]  {text}", soft_wrap=True)
+        self.console.print(f"[yellow]warning[/]  {escape(text)}", soft_wrap=True)
 
 
 class QuietProgress:

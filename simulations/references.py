@@ -35,13 +35,14 @@ def references(config: Config, clients: Sequence[ClientData]) -> list[ReferenceR
 
 def add_references(folder: Path) -> None:
     """Compute the references of a finished run from its own settings and write them."""
-    from clients.store import population
+    from clients.trainer import usable_clients
 
     if not (folder / LEDGER).exists():
         raise FedalignError(f"{folder} holds no run.")
     with Ledger(folder / LEDGER) as ledger:
         config = from_flat(ledger.run()["config"])
-        ledger.put_references(references(config, population(config)))
+        clients = tuple(usable_clients(config)[0].values())
+        ledger.put_references(references(config, clients))
 
 
 def _pair_references(clients: Sequence[ClientData], groups: Sequence[str]) -> list[ReferenceRow]:

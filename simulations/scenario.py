@@ -1,6 +1,9 @@
 """Scenarios: named TOML files of settings, packaged beside the code or given by path.
 
 Order of precedence, last wins: defaults, scenario file, ``--set`` overrides, command options.
+A scenario's ``data.partition`` and ``data.clients-per-group`` are dropped when an override names
+another population (source, world, groups or path): they name groups it does not have.
+
 Relative paths given on the command line are made absolute from the working directory, because a
 runner may work elsewhere.
 """
@@ -16,6 +19,8 @@ from fedalign.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "scenarios"
 PATH_KEYS = ("data.path", "run.out")
+POPULATION = ("data.source", "data.world", "data.groups", "data.path")
+DEALING = ("data.partition", "data.clients-per-group")
 
 
 def packaged() -> dict[str, Path]:
@@ -41,8 +46,11 @@ def load(
             flat.update(flatten(tomllib.loads(path.read_text(encoding="utf-8"))))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    flat.update(parse_override(text) for text in overrides)
-    flat.update(options or {})
+    given = dict(parse_override(text) for text in overrides) | dict(options or {})
+    if any(key in given and given[key] != flat.get(key) for key in POPULATION):
+        # How a scenario deals clients belongs to its own population.
+        flat = {k: v for k, v in flat.items() if k not in DEALING}
+    flat.update(given)
     for key in PATH_KEYS:
         value = str(flat.get(key, ""))
         is_hub_name = key == "data.path" and flat.get("data.source") == "hf"

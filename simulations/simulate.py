@@ -12,18 +12,20 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from clients.app import app as client_app
-from clients.store import dataset, population
+from clients.store import dataset, fingerprint, population
+from clients.trainer import usable_clients
 from fedalign.compat import become_flower_process, quiet_flower
 from fedalign.config import Config, resolve_metric
 from fedalign.data.describe import LITTLE_CONFLICT, describe
-from fedalign.data.records import Dataset
-from fedalign.errors import ConfigError, RunFailed
+from fedalign.data.records import BadRow, Dataset
+from fedalign.errors import ConfigError, ResumeError, RunFailed
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
 from server.app import make_app
@@ -55,15 +57,30 @@ def simulate(
         _check_flower_engine()
     quiet_flower()
     progress.phase("population", "reading preferences")
-    clients = population(config)
+    population(config)
+    progress.phase("model", "loading the base, checking that it can take every row")
+    usable, unusable = usable_clients(config)
+    clients = tuple(usable.values())
     resolve_metric(config, clients[0].form)
     config = prepare(config)
     folder = Path(config.run.out)
     data = dataset(config)
-    _show_data(data, folder, progress)
+    left_out = (*data.bad_rows, *unusable)
+    _show_data(data, left_out, folder, progress)
     with Ledger(folder / LEDGER) as ledger:
+        before, now = ledger.run().get("population"), fingerprint(clients)
+        if before not in (None, now):
+            raise ResumeError(
+                f"the data of {folder} have changed since the run began. Restore them, or start a "
+                "new run."
+            )
         ledger.put_references(references(config, clients))
-        ledger.put_run(data_name=data.name, data_licence=data.licence, left_out=len(data.bad_rows))
+        ledger.put_run(
+            population=now,
+            data_name=data.name,
+            data_licence=data.licence,
+            left_out=len(left_out),
+        )
     outcomes: list[Outcome] = []
     app = make_app(config, progress, outcomes.append)
     try:
@@ -80,7 +97,7 @@ def simulate(
     return outcomes[0]
 
 
-def _show_data(data: Dataset, folder: Path, progress: Progress) -> None:
+def _show_data(data: Dataset, left_out: Sequence[BadRow], folder: Path, progress: Progress) -> None:
     """Say how much the groups disagree, and list every row that was left out in a file."""
     conflict = describe(data).conflict
     if conflict is not None and conflict < LITTLE_CONFLICT:
@@ -88,11 +105,11 @@ def _show_data(data: Dataset, folder: Path, progress: Progress) -> None:
             f"groups reverse each other's order on only {100 * conflict:.1f} % of shared "
             "questions; expect no difference between weight rules."
         )
-    if data.bad_rows:
+    if left_out:
         path = folder / "left_out.jsonl"
-        lines = [json.dumps({"source": r.source, "reason": r.reason}) for r in data.bad_rows]
+        lines = [json.dumps({"source": r.source, "reason": r.reason}) for r in left_out]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        progress.warn(f"{len(data.bad_rows)} rows or cells were left out; listed in {path}")
+        progress.warn(f"{len(left_out)} rows or cells were left out; listed in {path}")
 
 
 def _check_flower_engine() -> None:

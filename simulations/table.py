@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedalign.runfolder import SUMMARY
@@ -42,7 +43,7 @@ def print_groups(folder: Path, console: Console | None = None) -> None:
     table.add_column("mean weight", justify="right")
     for group in groups[:SHOWN]:
         table.add_row(
-            group,
+            escape(group),
             *[_number(values.get(f"{s}/group/{group}/score")) for s, _ in stages],
             _number(values.get(f"reference/uniform/group/{group}/score")),
             _number(values.get(f"weights/{group}/mean")),

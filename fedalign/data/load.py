@@ -14,6 +14,7 @@ from pathlib import Path
 from fedalign.config import DataConfig
 from fedalign.data import globalopinionqa, polis, polis_export
 from fedalign.data.columns import nearest
+from fedalign.data.duplicates import merge_duplicates
 from fedalign.data.hub import read_hub
 from fedalign.data.pairs import read_pairs
 from fedalign.data.records import Dataset, Item, Pair, SurveyItem
@@ -45,7 +46,7 @@ def load_dataset(data: DataConfig, seed: int) -> Dataset:
         raise DataError(
             f"{data.path or data.source}: no usable row; {len(rejects.rows)} left out.{reasons}"
         )
-    items = keep_groups(items, data.groups)
+    items = keep_groups(merge_duplicates(items, rejects), data.groups)
     items = _largest_groups(items, data.max_groups)
     items = _draw_questions(items, data.questions, seed)
     name = data.world if data.source == "synthetic" else Path(data.path).name
@@ -102,11 +103,11 @@ def _largest_groups(items: list[Item], most: int) -> list[Item]:
 
 def _draw_questions(items: list[Item], most: int, seed: int) -> list[Item]:
     """Keep ``most`` question keys; a pair with two keys stays only when both are kept."""
-    keys = sorted({key for item in items for key in split_keys(item)})
+    keys = sorted({key for item in items for key in _question_keys(item)})
     if not most or most >= len(keys):
         return items
     drawn = set(sorted(keys, key=lambda k: unit_interval(seed, "questions", k))[:most])
-    kept = [item for item in items if drawn.issuperset(split_keys(item))]
+    kept = [item for item in items if drawn.issuperset(_question_keys(item))]
     lost = {g for i in items for g in _groups(i)} - {g for i in kept for g in _groups(i)}
     if lost:
         raise DataError(
@@ -114,6 +115,10 @@ def _draw_questions(items: list[Item], most: int, seed: int) -> list[Item]:
             f"'{min(lost)}'. Take more questions, or fewer groups with data.groups."
         )
     return kept
+
+
+def _question_keys(item: Item) -> tuple[str, ...]:
+    return (item.key,) if isinstance(item, SurveyItem) else split_keys(item)
 
 
 def _groups(item: Item) -> Iterable[str]:

@@ -67,7 +67,10 @@ class SurveyItem:
 
     @property
     def key(self) -> str:
-        """Identity of the question over the whole federation: a hash of its text and options."""
+        """Identity of the question for scores: a hash of its text and options.
+
+        Its role in the split follows from the text alone (``fedalign.data.split``).
+        """
         return question_key(self.question, self.options)
 
     def answered_by(self, group: str) -> SurveyItem:

@@ -5,8 +5,9 @@ and one question has one role in the whole federation.  With u = hash(seed, key)
 test if u < test; validation if u < test + validation; else train.  The shares are therefore met on
 average, not exactly.  A split given by the source wins.
 
-The key is made from text, not from an id: the same question under two ids has one role.  The key of
-a survey item is its question and options, that of a pair its prompt.  Where many comparisons share
+The key is made from text, not from an id: the same question under two ids has one role.  The key
+of a survey item is its question, whatever its options: the same words with another answer scale are
+the same question.  That of a pair is its prompt.  Where many comparisons share
 one prompt (statements of one conversation), a reader marks its pairs with
 ``columns["split_by"] = "responses"``; then both responses are keys, and no response is seen in two
 roles.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedalign.data.records import Item, Pair, plain, question_key
+from fedalign.data.records import Item, Pair, SurveyItem, plain, question_key
 from fedalign.errors import DataError
 from fedalign.randomness import unit_interval
 
@@ -38,6 +39,8 @@ def split_keys(item: Item) -> tuple[str, ...]:
     """Return the keys that must not appear in two roles: one, or two for pairs by response."""
     if isinstance(item, Pair) and item.columns.get(SPLIT_BY) == "responses":
         return (response_key(plain(item.chosen)), response_key(plain(item.rejected)))
+    if isinstance(item, SurveyItem):
+        return (question_key(item.question, ()),)
     return (item.key,)
 
 

@@ -32,11 +32,21 @@ STATUS = {
     4: "manifest-mismatch",
     5: "bad-request",
     6: "internal-error",
+    7: "out-of-range",
 }
 UNKNOWN_CLIENT, NO_DATA, NON_FINITE, MANIFEST_MISMATCH, BAD_REQUEST, INTERNAL_ERROR = range(1, 7)
+OUT_OF_RANGE = 7
 
 MAX_CLIENTS = 100_000
 MAX_ITEMS = 10_000_000
+MAX_ENTRY = 1e4
+"""Largest entry of a factor; trained LoRA factors stay below 10, and products of 1e4 are finite."""
+MAX_SIZE = 2**31
+"""Most entries of an adapter."""
+MAX_RANK = 4096
+
+
+A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Manifest:
         """Layout of what a client sends back."""
         if not self.frozen_a:
             return self.layout
-        return tuple((n, s) for n, s in self.layout if n.endswith("lora_B.weight"))
+        return tuple((n, s) for n, s in self.layout if n.endswith(B_SUFFIX))
 
     @property
     def upload_size(self) -> int:
@@ -99,11 +109,33 @@ class Manifest:
                 tokenizer_hash=str(d["tokenizer_hash"]),
                 frozen_a=bool(d["frozen_a"]),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise WireError("bad-manifest") from None
-        if list(manifest.layout) != sorted(manifest.layout) or not manifest.layout:
-            raise WireError("bad-manifest", "layout is empty or not sorted")
+        if not manifest.is_sound():
+            raise WireError("bad-manifest", "no sorted layout of LoRA factors")
         return manifest
+
+    def is_sound(self) -> bool:
+        """Say whether the layout is a sorted list of LoRA factor pairs of one rank."""
+        shapes = dict(self.layout)
+        if (
+            not shapes
+            or len(shapes) != len(self.layout)
+            or list(self.layout) != sorted(shapes.items())
+        ):
+            return False
+        if not (1 <= self.rank <= MAX_RANK and 0 < self.alpha < math.inf):
+            return False
+        if not all(len(s) == 2 and min(s) > 0 for s in shapes.values()) or self.size > MAX_SIZE:
+            return False
+        a = {n.removesuffix(A_SUFFIX): s for n, s in shapes.items() if n.endswith(A_SUFFIX)}
+        b = {n.removesuffix(B_SUFFIX): s for n, s in shapes.items() if n.endswith(B_SUFFIX)}
+        return (
+            a.keys() == b.keys()
+            and len(a) + len(b) == len(shapes)
+            and all(s[0] == self.rank <= s[1] for s in a.values())
+            and all(s[1] == self.rank for s in b.values())
+        )
 
     @property
     def hash(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedalign.errors import WireError
 from fedalign.wire.records import (
     F32,
+    MAX_ENTRY,
     MAX_ITEMS,
     NON_FINITE,
     OK,
+    OUT_OF_RANGE,
     PROTOCOL,
     STATUS,
     Manifest,
@@ -22,6 +25,11 @@ from fedalign.wire.records import (
     TrainReply,
 )
 from fedalign.wire.values import array, floats, ints
+
+QUESTION_KEY = re.compile(r"[0-9a-f]{16}")
+"""A question travels as a hash; anything else could be its text."""
+ITEM_TOLERANCE = 1e-4
+"""Question scores must have the mean that is reported beside them."""
 
 
 def encode_failure(clients: Sequence[str], status: int) -> RecordDict:
@@ -155,9 +163,12 @@ def decode_train(
             replies.append(TrainReply(client, status[i]))
             continue
         score = _score(columns, i, (), low)
-        finite = bool(np.isfinite(updates[i]).all()) and math.isfinite(loss[i] + first[i] + last[i])
-        if score is None or not finite:
+        numbers = loss[i] + first[i] + last[i] + seconds[i]
+        if score is None or not (np.isfinite(updates[i]).all() and math.isfinite(numbers)):
             replies.append(TrainReply(client, NON_FINITE))
+            continue
+        if np.abs(updates[i]).max(initial=0.0) > MAX_ENTRY:
+            replies.append(TrainReply(client, OUT_OF_RANGE))
             continue
         replies.append(
             TrainReply(
@@ -200,9 +211,12 @@ def _score(
         math.isfinite(x) and low - tolerance <= x <= 1 + tolerance
         for x in (score, uniform, *(v for _, v in items))
     )
-    repeated = len({key for key, _ in items}) != len(items)
+    keys = {key for key, _ in items}
+    honest = len(keys) == len(items) and all(QUESTION_KEY.fullmatch(key) for key in keys)
+    if honest and len(items) == n:
+        honest = abs(math.fsum(v for _, v in items) / n - score) <= ITEM_TOLERANCE
     if (
-        repeated
+        not honest
         or not in_range
         or not (math.isfinite(mass) and -tolerance <= mass <= 1 + 1e-3)
         or n < 1

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedalign.errors import WireError
 from fedalign.wire.records import F32, MAX_CLIENTS, PROTOCOL, Hello, Manifest, Request
-from fedalign.wire.values import array, ints
+from fedalign.wire.values import array, ints, name
 
 
 def encode_request(request: Request, adapter: ArrayRecord | None = None) -> RecordDict:
@@ -83,23 +83,25 @@ def encode_hello(hello: Hello) -> RecordDict:
 
 
 def decode_hello(content: RecordDict) -> Hello:
-    """Read and check the answer to ``hello``."""
+    """Read and check the answer to ``hello``; a node that failed says so with a status code."""
+    if "hello" not in content.config_records and "status" in content.metric_records:
+        raise WireError("could-not-start")
     try:
         c = content.config_records["hello"]
         m = content.metric_records["counts"]
         if int(c["protocol"]) != PROTOCOL:  # type: ignore[arg-type]
             raise WireError("protocol")
-        clients = tuple(str(x) for x in c["clients"])  # type: ignore[union-attr]
+        clients = tuple(name(x) for x in c["clients"])  # type: ignore[union-attr]
         counts = {n: ints(m[n], len(clients)) for n in ("train", "validation", "test", "size")}
         hello = Hello(
             clients=clients,
-            groups=tuple(str(x) for x in c["groups"]),  # type: ignore[union-attr]
+            groups=tuple(name(x) for x in c["groups"]),  # type: ignore[union-attr]
             form=str(c["form"]),
             manifest=Manifest.from_json(str(c["manifest"])),
             versions={str(k): str(v) for k, v in json.loads(str(c["versions"])).items()},
             **counts,
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise WireError("bad-hello") from None
     if len(hello.groups) != len(clients) or len(set(clients)) != len(clients):
         raise WireError("bad-hello", "groups or names do not match the clients")

@@ -2,33 +2,76 @@
 
 from __future__ import annotations
 
+import io
+import math
+
 import numpy as np
 from flwr.app import RecordDict
 
 from fedalign.errors import WireError
 from fedalign.wire.records import F32
 
+HEADER_BYTES = 4096
+"""Most that a serialised array may have beside its entries."""
+MAX_COUNT = 2**31 - 1
+MAX_NAME = 200
+
 
 def array(content: RecordDict, name: str, shape: tuple[int, ...]) -> F32:
+    """Return the one array of a record: float32 of exactly this shape, else ``WireError``.
+
+    Size and declared shape are looked at before the bytes are decoded, so that a short message
+    cannot ask for much memory.
+    """
     try:
         record = content.array_records[name]
-        array = record[name].numpy()
-    except (KeyError, TypeError, ValueError):
+        sent = record[name]
+        declared = (str(sent.dtype), tuple(sent.shape), len(record))
+        room = 4 * math.prod(shape) + HEADER_BYTES
+        if declared != ("float32", shape, 1) or len(sent.data) > room:
+            raise WireError("bad-array", f"expected float32 {shape}")
+        header = io.BytesIO(sent.data[:HEADER_BYTES])
+        np.lib.format.read_magic(header)
+        described = np.lib.format.read_array_header_1_0(header)
+        if described != (shape, False, np.dtype(np.float32)):
+            raise WireError("bad-array", f"expected float32 {shape}")
+        decoded = np.load(io.BytesIO(sent.data), allow_pickle=False)
+    except WireError:
+        raise
+    except Exception:
+        # Whatever foreign bytes make a decoder raise, the message is broken and nothing else.
         raise WireError("bad-array") from None
-    if len(record) != 1 or array.dtype != np.float32 or array.shape != shape:
-        raise WireError("bad-array", f"expected float32 {shape}")
-    return np.asarray(array, dtype=np.float32)
+    return np.asarray(decoded, dtype=np.float32)
+
+
+def name(text: object) -> str:
+    """Return the name of a client or group; ``ValueError`` unless short, printable, not empty."""
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_NAME or not text.isprintable():
+        raise ValueError("name")
+    return text
 
 
 def floats(values: object, k: int) -> tuple[float, ...]:
+    """Return ``k`` floats, finite or not."""
     if not isinstance(values, list) or len(values) != k:
         raise ValueError("length")
     return tuple(float(v) for v in values)
 
 
+def finite(values: object, k: int) -> tuple[float, ...]:
+    """Return ``k`` finite floats."""
+    found = floats(values, k)
+    if not all(math.isfinite(v) for v in found):
+        raise ValueError("not finite")
+    return found
+
+
 def ints(values: object, k: int) -> tuple[int, ...]:
+    """Return ``k`` counts in [0, 2^31)."""
     if not isinstance(values, list) or len(values) != k:
         raise ValueError("length")
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+    if not all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= MAX_COUNT for v in values
+    ):
         raise ValueError("counts")
     return tuple(int(v) for v in values)

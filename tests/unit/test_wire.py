@@ -23,7 +23,8 @@ MANIFEST = wire.Manifest(
     tokenizer_hash="tok",
     frozen_a=False,
 )
-SCORE = wire.Score(0.7, 3, 0.99, 0.5, (("q1", 0.6), ("q2", 0.8)))
+KEYS = tuple(f"{i:016x}" for i in range(8))
+SCORE = wire.Score(0.7, 2, 0.99, 0.5, ((KEYS[0], 0.6), (KEYS[1], 0.8)))
 NO_ITEMS = replace(SCORE, items=())
 
 
@@ -113,7 +114,9 @@ def test_scores_round_trip_with_items_and_missing_stage() -> None:
     st.integers(1, 5),
 )
 def test_scores_survive_any_number_of_items(values: list[float], n: int) -> None:
-    score = wire.Score(values[0], n, 1.0, 0.5, tuple((f"q{i}", v) for i, v in enumerate(values)))
+    score = wire.Score(
+        sum(values) / len(values), len(values) + n, 1.0, 0.5, tuple(zip(KEYS, values, strict=False))
+    )
     replies = [wire.ScoreReply("a", wire.OK, {"test": score})]
     back = wire.decode_scores(wire.encode_scores(replies, ("test",)), ("a",), ("test",), 0.0)
     assert back == replies
@@ -133,14 +136,14 @@ def test_a_score_out_of_range_condemns_its_client_only(bad: float) -> None:
 
 
 def test_a_bad_question_score_condemns_its_client() -> None:
-    broken = replace(SCORE, items=(("q", float("nan")),))
+    broken = replace(SCORE, items=((KEYS[0], float("nan")),))
     replies = [wire.ScoreReply("a", wire.OK, {"test": broken})]
     back = wire.decode_scores(wire.encode_scores(replies, ("test",)), ("a",), ("test",), 0.0)
     assert back[0].status == wire.NON_FINITE
 
 
 def test_a_question_reported_twice_condemns_its_client() -> None:
-    broken = replace(SCORE, items=(("q", 0.5), ("q", 0.6)))
+    broken = replace(SCORE, items=((KEYS[0], 0.5), (KEYS[0], 0.6)))
     replies = [wire.ScoreReply("a", wire.OK, {"test": broken})]
     back = wire.decode_scores(wire.encode_scores(replies, ("test",)), ("a",), ("test",), 0.0)
     assert back[0].status == wire.NON_FINITE
@@ -237,3 +240,85 @@ def test_empty_content_is_refused() -> None:
         wire.decode_hello(RecordDict())
     with pytest.raises(WireError):
         wire.decode_request(RecordDict({"request": ConfigRecord(), "m": MetricRecord()}))
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        (("What do you think?", 0.6), (KEYS[1], 0.8)),  # text in place of a hash
+        ((KEYS[0], 1.0), (KEYS[1], 1.0)),  # another mean than the score beside it
+    ],
+)
+def test_question_scores_that_are_not_what_they_say(items: tuple[tuple[str, float], ...]) -> None:
+    replies = [wire.ScoreReply("a", wire.OK, {"test": replace(SCORE, items=items)})]
+    back = wire.decode_scores(wire.encode_scores(replies, ("test",)), ("a",), ("test",), 0.0)
+    assert back[0].status == wire.NON_FINITE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04 not an array",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (999999999,)}\n",
+        b"\x93NUMPY\x09\x00",
+    ],
+)
+def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
+    _, updates, content = train_content()
+    array = Array(updates)
+    array.data = data
+    content["update"] = ArrayRecord({"update": array})
+    with pytest.raises(WireError, match="bad-array"):
+        wire.decode_train(content, ("c0", "c1"), MANIFEST, 0.0)
+
+
+def test_an_enormous_update_condemns_its_client_only() -> None:
+    replies, updates, _ = train_content()
+    updates[0, 0] = 1e25
+    rows, _ = wire.decode_train(wire.encode_train(replies, updates), ("c0", "c1"), MANIFEST, 0.0)
+    assert [r.status for r in rows] == [wire.OUT_OF_RANGE, wire.OK]
+
+
+@pytest.mark.parametrize("column", ["seconds", "loss"])
+def test_a_number_that_is_not_finite_condemns_its_client(column: str) -> None:
+    _, _, content = train_content()
+    content.metric_records["status"][column] = [float("inf"), 1.0]
+    rows, _ = wire.decode_train(content, ("c0", "c1"), MANIFEST, 0.0)
+    assert [r.status for r in rows] == [wire.NON_FINITE, wire.OK]
+
+
+def test_counts_have_a_limit() -> None:
+    _, _, content = train_content()
+    content.metric_records["status"]["received.n"] = [2**63 - 1, 1]
+    with pytest.raises(WireError, match="bad-reply"):
+        wire.decode_train(content, ("c0", "c1"), MANIFEST, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 0},
+        {"rank": 3},
+        {"alpha": float("inf")},
+        {"layout": (("m.lora_A.weight", (2, 3)),)},
+        {"layout": (("m.lora_A.weight", (2, -3)), ("m.lora_B.weight", (4, 2)))},
+        {"layout": (("m.lora_A.weight", (2, 2**31)), ("m.lora_B.weight", (4, 2)))},
+        {"layout": (("m.bias", (2,)), ("m.lora_A.weight", (2, 3)), ("m.lora_B.weight", (4, 2)))},
+    ],
+)
+def test_manifests_that_no_adapter_has_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(WireError, match="bad-manifest"):
+        wire.Manifest.from_json(replace(MANIFEST, **change).to_json())
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 1000, "two\nlines"])
+def test_names_are_short_and_printable(bad: str) -> None:
+    hello = wire.Hello((bad,), ("g",), "survey", (1,), (1,), (1,), (1,), MANIFEST, {})
+    with pytest.raises(WireError, match="bad-hello"):
+        wire.decode_hello(wire.encode_hello(hello))
+
+
+def test_a_node_that_failed_says_so() -> None:
+    with pytest.raises(WireError, match="could-not-start"):
+        wire.decode_hello(wire.encode_failure((), wire.INTERNAL_ERROR))

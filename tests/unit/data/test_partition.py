@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedalign.config import Config, DataConfig, RunConfig
 from fedalign.data.partition import build_clients, clients_per_group
 from fedalign.data.records import SPLITS, Dataset, Item, Pair, SurveyItem
-from fedalign.data.split import role
+from fedalign.data.split import role, split_keys
 from fedalign.errors import ConfigError, DataError
 
 
@@ -44,7 +44,7 @@ def test_one_client_a_group_holds_it_all_by_the_hash() -> None:
     ]
     for client in clients:
         for split in SPLITS:
-            expected = [i.id for i in dataset.items if role(5, i.key, 0.2, 0.2) == split]
+            expected = [i.id for i in dataset.items if role(5, split_keys(i)[0], 0.2, 0.2) == split]
             assert [i.id for i in client.split(split)] == expected
             for item in client.split(split):
                 assert isinstance(item, SurveyItem)
@@ -84,7 +84,7 @@ def test_partition_is_exact(
         held = Counter(i.id for c in mine for s in SPLITS for i in c.split(s))
         assert held == Counter(i.id for i in dataset.items)
         for split in SPLITS:
-            roles = {role(seed, i.key, 0.3, 0.3) for c in mine for i in c.split(split)}
+            roles = {role(seed, split_keys(i)[0], 0.3, 0.3) for c in mine for i in c.split(split)}
             assert roles == {split}
         if kind == "sizes":
             for split in SPLITS:

@@ -94,3 +94,13 @@ def test_pair_whose_responses_hash_to_different_roles_is_an_error() -> None:
     pairs = [pair(str(i), f"x{i}", f"y{i}", by="responses") for i in range(30)]
     with pytest.raises(DataError, match="its two responses have different roles"):
         assign_roles(pairs, 0, 0.3, 0.3)
+
+
+def test_the_same_words_with_other_options_have_one_role() -> None:
+    for n in range(50):
+        items = [
+            SurveyItem(f"{n}-{k}", f"Question {n}?", options, {"g": (1.0, *([0.0] * (k + 1)))})
+            for k, options in enumerate((("yes", "no"), ("yes", "maybe", "no")))
+        ]
+        assert len({r for _, r in assign_roles(items, 0, 0.3, 0.3)}) == 1
+        assert items[0].key != items[1].key
