@@ -215,7 +215,8 @@ def _question_interval(
             ]
         )
     )
-    # Seeds ask different questions, so their errors are independent: half-widths add in quadrature.
+    # Half-widths add in quadrature, as if seeds asked different questions.  Test sets overlap and
+    # questions resemble each other, so this interval is too narrow; the one over seeds binds.
     low = float(np.sqrt(np.sum(np.square(lows)))) / len(seeds)
     high = float(np.sqrt(np.sum(np.square(highs)))) / len(seeds)
     return centre - low, centre + high

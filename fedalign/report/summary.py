@@ -6,7 +6,8 @@ score at that stage: a mean over other groups would be another quantity.
 
 Intervals (``<name>/low``, ``<name>/high``) are 95 % percentile bootstrap over test questions: one
 resample of questions for all groups and all stages, so that differences are paired.  They cover
-which questions were asked, not other seeds.
+which questions were asked, not other seeds.  Questions are resampled as if independent; where they
+resemble each other (one statement in several wordings) the interval is too narrow.
 """
 
 from __future__ import annotations

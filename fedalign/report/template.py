@@ -185,7 +185,8 @@ see this and nothing else. The thick line is the mean over the groups seen in a 
 {% endif %}
 
 <h2>Average, worst group and spread</h2>
-<p class="note">Test questions. In small print: 95% intervals by bootstrap over questions, the
+<p class="note">Test questions. In small print: 95% intervals by bootstrap over questions (too
+narrow where questions resemble each other), the
 same resample for all groups and stages. They say nothing about other seeds.</p>
 <div class="scroll"><table>
 <thead><tr><th>Number</th>
