@@ -13,9 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
 
 # One thread a client process: small matrices run slower on many, and sums keep their order.
@@ -24,23 +23,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from clients.store import keep_personal_adapter, population
+from clients.resident import resident_model, usable_clients
+from clients.store import keep_personal_adapter
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
 from fedalign.config import (
     Config,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
     config_hash,
     resolve_metric,
 )
-from fedalign.data.records import BadRow, ClientData, Item, Pair, SurveyItem
-from fedalign.errors import DataError, WireError
+from fedalign.data.records import Item, Pair, SurveyItem
+from fedalign.errors import WireError
 from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
-from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array, pack
-from fedalign.training.examples import TrainingSet, drop_unusable, training_set
+from fedalign.training.examples import TrainingSet, training_set
 from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
 from fedalign.training.reference import ReferenceKind, reference_kind, reference_logps
 from fedalign.training.score import pair_prompts, score_pairs, score_survey
@@ -65,7 +61,7 @@ class ResidentTrainer:
         torch.set_num_threads(1)
         self.config = config
         self.frozen_a = config.aggregation.method == "frozen-a"
-        self.model = _model(config.model, self.frozen_a)
+        self.model = resident_model(config.model, self.frozen_a)
         self.clients, self.bad_rows = usable_clients(config)
         self.form = next(iter(self.clients.values())).form
         self.metric = resolve_metric(config, self.form)
@@ -348,52 +344,6 @@ def resident_trainer(config: Config) -> ResidentTrainer:
 
 
 _last: dict[str, object] = {}
-
-
-_models: dict[tuple[ModelConfig, bool], ResidentModel] = {}
-
-
-def _model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
-    """Return the resident base; runs of one process that share it do not load it again."""
-    key = (model, frozen_a)
-    if key not in _models:
-        _models.clear()  # let go of the old base before the new one is loaded
-        _models[key] = ResidentModel(model, frozen_a)
-    return _models[key]
-
-
-def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
-    """Return the population this model can take, by name, and the rows it cannot.
-
-    Such rows are too long, have more than 26 options, or a prompt that is no token prefix.
-    Raises ``DataError`` naming the first one unless ``data.skip-bad`` is on, and for a client that
-    keeps no training or validation question.
-    """
-    frozen_a = config.aggregation.method == "frozen-a"
-    return _usable_clients(_model(config.model, frozen_a), config.data, config.run.seed)
-
-
-@lru_cache(maxsize=1)
-def _usable_clients(
-    model: ResidentModel, data: DataConfig, seed: int
-) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
-    clients: dict[str, ClientData] = {}
-    bad: list[BadRow] = []
-    for client in population(Config(run=RunConfig(seed=seed), data=data)):
-        usable, rows = drop_unusable(model, client)
-        if rows and not data.skip_bad:
-            raise DataError(
-                f"{rows[0].source}: {rows[0].reason} Correct the row, or use --set "
-                "data.skip-bad=true, which leaves such rows out and lists them."
-            )
-        if not (usable.train and usable.validation):
-            raise DataError(
-                f"client '{client.name}': the model can take none of its training or validation "
-                f"questions; {len(rows)} were left out. First: {rows[0].reason}"
-            )
-        clients[client.name] = usable
-        bad += rows
-    return clients, tuple(bad)
 
 
 def _defined(values: Sequence[float | None]) -> list[float]:

@@ -23,8 +23,6 @@ failed has a status, a reason and no value.
 from __future__ import annotations
 
 import json
-import math
-import operator
 import sqlite3
 import threading
 import time
@@ -32,13 +30,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, Self, TypeVar
 
 from fedalign.errors import FedalignError
 from fedalign.ledger_rows import (
     DATED,
-    FORMAT,
-    SCHEMA,
     TABLES,
     ClientRow,
     CurveRow,
@@ -52,6 +48,7 @@ from fedalign.ledger_rows import (
     Triple,
     WeightRow,
 )
+from fedalign.ledger_store import columns_of, insert, open_ledger
 
 __all__ = [
     "ClientRow",
@@ -69,8 +66,6 @@ __all__ = [
     "canonical_rows",
 ]
 
-BUSY_SECONDS = 30.0
-
 Row = TypeVar("Row")
 
 
@@ -85,7 +80,7 @@ class Ledger:
         self.path = path
         self._lock = threading.RLock()
         try:
-            self._db = _open(path, readonly)
+            self._db = open_ledger(path, readonly)
         except (sqlite3.Error, OSError) as error:
             raise FedalignError(f"{path}: cannot open the ledger: {error}.") from error
 
@@ -126,13 +121,13 @@ class Ledger:
         """Replace the list of clients."""
         with self._transaction() as db:
             db.execute("DELETE FROM clients")
-            _insert(db, rows)
+            insert(db, rows)
 
     def put_references(self, rows: Sequence[ReferenceRow]) -> None:
         """Replace all references."""
         with self._transaction() as db:
             db.execute("DELETE FROM refs")
-            _insert(db, rows)
+            insert(db, rows)
 
     def write(
         self,
@@ -160,7 +155,7 @@ class Ledger:
                     f"DELETE FROM {TABLES[kind]} WHERE phase=? AND round=? AND attempt=?", triple
                 )
             for rows in (scores, items, weights, replies, curves, discarded, timings):
-                _insert(db, [replace(r, phase=phase, round=round, attempt=attempt) for r in rows])
+                insert(db, [replace(r, phase=phase, round=round, attempt=attempt) for r in rows])
             db.execute("INSERT OR REPLACE INTO written VALUES (?, ?, ?)", triple)
 
     def event(
@@ -176,7 +171,7 @@ class Ledger:
         """Record that something happened now.  ``detail`` must hold no text a client sent."""
         row = EventRow(time.time(), kind, phase, round, attempt, client, detail)
         with self._transaction() as db:
-            _insert(db, [row])
+            insert(db, [row])
 
     def commit(self, phase: str, round: int, attempt: int) -> None:
         """Let an attempt count, in place of any other attempt of the same phase and round."""
@@ -301,7 +296,7 @@ class Ledger:
                 f"(phase, round, attempt) {verb} (SELECT phase, round, attempt FROM commits)"
             )
         clause = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        columns = ", ".join(_columns(kind))
+        columns = ", ".join(columns_of(kind))
         rows = self._query(f"SELECT {columns} FROM {TABLES[kind]}{clause} ORDER BY {order}", values)
         names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
         made = (dict(zip(names, row, strict=True)) for row in rows)
@@ -333,94 +328,3 @@ def canonical_rows(ledger: Ledger) -> list[tuple[Any, ...]]:
         for r in rows
     )
     return sorted(made, key=lambda row: [(v is not None, str(v)) for v in row])
-
-
-def _open(path: Path, readonly: bool) -> sqlite3.Connection:
-    if readonly:
-        if not path.is_file():
-            raise FedalignError(f"{path}: no such ledger. Give the folder of a run.")
-        uri = path.resolve().as_uri() + "?mode=ro"
-        db = _connect(uri)
-        try:
-            version = _format(db)
-        except sqlite3.OperationalError:
-            # A folder without write permission cannot hold the log's index; without a log there
-            # is nothing to miss.
-            db.close()
-            if path.with_name(path.name + "-wal").exists():
-                raise
-            db = _connect(uri + "&immutable=1")
-            version = _format(db)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        db = _connect(path.resolve().as_uri())
-        db.execute("PRAGMA journal_mode = WAL")
-        # The checkpoint must never name rows that a power cut took away.
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("BEGIN IMMEDIATE")
-        empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if empty:
-            for statement in SCHEMA.split(";\n"):
-                if statement.strip():
-                    db.execute(statement)
-        db.execute("COMMIT")
-        version = _format(db)
-    if version != FORMAT:
-        db.close()
-        raise FedalignError(
-            f"{path}: ledger format {version}; this version of fedalign reads format {FORMAT}."
-        )
-    return db
-
-
-def _connect(uri: str) -> sqlite3.Connection:
-    return sqlite3.connect(
-        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
-    )
-
-
-def _format(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _columns(kind: type) -> list[str]:
-    return ["grp" if f.name == "group" else f.name for f in fields(kind)]
-
-
-def _insert(db: sqlite3.Connection, rows: Sequence[Any]) -> None:
-    if not rows:
-        return
-    kind = type(rows[0])
-    table, columns = TABLES[kind], _columns(kind)
-    types = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
-    marks = ", ".join("?" for _ in columns)
-    db.executemany(
-        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})",
-        [[_value(row, name, types[name], table) for name in names] for row in rows],
-    )
-
-
-def _value(row: Any, name: str, kind: Any, table: str) -> Any:
-    """Return a field as SQLite takes it; numpy scalars become Python's own."""
-    value = getattr(row, name)
-    if value is None:
-        return None
-    if kind is str:
-        if not isinstance(value, str):
-            raise FedalignError(f"ledger table '{table}': {name} = {value!r} is not text.")
-        return value
-    try:
-        if kind in (int, bool):
-            return operator.index(value)
-        number = value + 0.0
-    except TypeError:
-        raise FedalignError(
-            f"ledger table '{table}': {name} = {value!r} is a {type(value).__name__}, not a number."
-        ) from None
-    if not math.isfinite(number):
-        raise FedalignError(
-            f"ledger table '{table}': {name} = {value} in {row}. A value must be finite; record a "
-            "failure with a status and a reason, and no value."
-        )
-    return float(number)

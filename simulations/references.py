@@ -35,7 +35,7 @@ def references(config: Config, clients: Sequence[ClientData]) -> list[ReferenceR
 
 def add_references(folder: Path) -> None:
     """Compute the references of a finished run from its own settings and write them."""
-    from clients.trainer import usable_clients
+    from clients.resident import usable_clients
 
     if not (folder / LEDGER).exists():
         raise FedalignError(f"{folder} holds no run.")

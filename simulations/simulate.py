@@ -19,8 +19,8 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from clients.app import app as client_app
+from clients.resident import usable_clients
 from clients.store import dataset, fingerprint, population
-from clients.trainer import usable_clients
 from fedalign.compat import become_flower_process, quiet_flower
 from fedalign.config import Config, resolve_metric
 from fedalign.data.describe import LITTLE_CONFLICT, describe

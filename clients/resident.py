@@ -1,0 +1,58 @@
+"""What stays in memory of a process: one frozen base, and the population it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from clients.store import population
+from fedalign.config import Config, DataConfig, ModelConfig, RunConfig
+from fedalign.data.records import BadRow, ClientData
+from fedalign.errors import DataError
+from fedalign.models.base import ResidentModel
+from fedalign.training.examples import drop_unusable
+
+_models: dict[tuple[ModelConfig, bool], ResidentModel] = {}
+
+
+def resident_model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
+    """Return the resident base; runs of one process that share it do not load it again."""
+    key = (model, frozen_a)
+    if key not in _models:
+        _models.clear()  # let go of the old base before the new one is loaded
+        _models[key] = ResidentModel(model, frozen_a)
+    return _models[key]
+
+
+def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    """Return the population this model can take, by name, and the rows it cannot.
+
+    Such rows are too long, have more than 26 options, or a prompt that is no token prefix.
+    Raises ``DataError`` naming the first one unless ``data.skip-bad`` is on, and for a client that
+    keeps no training or validation question.
+    """
+    frozen_a = config.aggregation.method == "frozen-a"
+    return _usable_clients(resident_model(config.model, frozen_a), config.data, config.run.seed)
+
+
+@lru_cache(maxsize=1)
+def _usable_clients(
+    model: ResidentModel, data: DataConfig, seed: int
+) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    clients: dict[str, ClientData] = {}
+    bad: list[BadRow] = []
+    for client in population(Config(run=RunConfig(seed=seed), data=data)):
+        usable, rows = drop_unusable(model, client)
+        if rows and not data.skip_bad:
+            raise DataError(
+                f"{rows[0].source}: {rows[0].reason} Correct the row, or use --set "
+                "data.skip-bad=true, which leaves such rows out and lists them."
+            )
+        if not (usable.train and usable.validation):
+            raise DataError(
+                f"client '{client.name}': the model can take none of its training or validation "
+                f"questions; {len(rows)} were left out. First: {rows[0].reason}"
+            )
+        clients[client.name] = usable
+        bad += rows
+    return clients, tuple(bad)
