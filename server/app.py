@@ -44,8 +44,8 @@ def make_app(
         if not outcome.option_mass_ok:
             # Raising is the only way to make Flower mark the run as failed.
             raise RunFailed(
-                "option mass fell below score.min-option-mass: the adapter moved probability off "
-                f"the answer options, so its scores mean little. See {outcome.report}."
+                f"option mass is {outcome.option_mass}, below score.min-option-mass: the model "
+                f"often does not answer, so its scores mean little. See {outcome.report}."
             )
 
     return server_app

@@ -51,6 +51,8 @@ class Outcome:
     report: Path
     rounds: int
     option_mass_ok: bool
+    option_mass: str
+    """Base and final option mass in words; empty where it is not defined."""
 
 
 def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) -> Outcome:
@@ -98,11 +100,13 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
             ledger.put_run(status=f"failed: {error}")
             raise
         shutil.rmtree(folder / SPOOL, ignore_errors=True)
-        mass_ok = _option_mass_ok(ledger, config)
+        before, after = _option_mass(ledger, "base"), _option_mass(ledger, "shared")
+        mass_ok = after is None or after >= config.score.min_option_mass
         ledger.put_run(status="completed" if mass_ok else "failed: option mass")
         write_adapter(run.state, ledger, folder / ADAPTER)
     progress.phase("report")
-    return Outcome(folder, build_report(folder), run.state.round, mass_ok)
+    masses = "" if after is None else f"{before or 0.0:.3f} at the base, {after:.3f} at the end"
+    return Outcome(folder, build_report(folder), run.state.round, mass_ok, masses)
 
 
 class _Run:
@@ -136,6 +140,13 @@ class _Run:
         self.progress.phase("base", "scoring the untouched base")
         self._evaluate("base", 0)
         self._commit("base", 0, rule_state=self.strategy.state)
+        mass, least = _option_mass(self.ledger, "base"), self.config.score.min_option_mass
+        if mass is not None and mass < least:
+            self.progress.warn(
+                f"the untouched base puts only {mass:.2f} of its probability on the answer options "
+                f"(score.min-option-mass = {least:g}): it does not know these questions' format. "
+                "Train a pocket on your survey (docs/pocket.md) or choose another model."
+            )
 
     def train(self) -> None:
         """Do the rounds that are left."""
@@ -357,14 +368,8 @@ def _check_possible(config: Config, directory: Directory, metric: str) -> None:
         raise RunFailed(f"client '{empty[0]}' has no training or no validation questions.")
 
 
-def _option_mass_ok(ledger: Ledger, config: Config) -> bool:
-    """A run that moved probability off the answer options has failed, whatever its score."""
-    masses = [
-        (s.option_mass, s.n)
-        for s in ledger.scores("shared", "test")
-        if s.option_mass is not None and s.n
-    ]
-    total = sum(n for _, n in masses)
-    if not total:
-        return True
-    return sum(m * n for m, n in masses) / total >= config.score.min_option_mass
+def _option_mass(ledger: Ledger, stage: str) -> float | None:
+    """Return the mean probability on the answer options over test questions; None for pairs."""
+    rows = [(s.option_mass, s.n) for s in ledger.scores(stage, "test") if s.option_mass is not None]
+    total = sum(n for _, n in rows)
+    return sum(m * n for m, n in rows) / total if total else None

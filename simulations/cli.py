@@ -85,14 +85,20 @@ def simulate(
     from simulations.simulate import simulate as run
     from simulations.table import print_groups
 
-    outcome = run(config, TerminalProgress(), engine, nodes)
+    progress = TerminalProgress()
+    try:
+        outcome = run(config, progress, engine, nodes)
+    except KeyboardInterrupt:
+        folder = progress.folder or "the run folder"
+        typer.echo(f"interrupted; go on with: fedalign simulate --resume {folder}", err=True)
+        raise typer.Exit(130) from None
     print_groups(outcome.folder)
     typer.echo(f"report   {outcome.report}")
     typer.echo(f"adapter  {outcome.folder / 'adapter'}")
     if not outcome.option_mass_ok:
         raise RunFailed(
-            "option mass fell below score.min-option-mass: probability moved off the answer "
-            "options, so the scores mean little."
+            f"option mass is {outcome.option_mass}, below score.min-option-mass: the model often "
+            "does not answer, so the scores mean little."
         )
 
 

@@ -20,9 +20,12 @@ class TerminalProgress:
         self._began = time.monotonic()
         self._training: float | None = None
         self._first_round: int | None = None
+        self.folder = ""
+        """Run folder, once it is known."""
 
     def start(self, out: str, clients: int, groups: int, rounds: int) -> None:
         """Print where the output goes."""
+        self.folder = out
         self.console.print(f"run folder  {escape(out)}", soft_wrap=True)
         self.console.print(f"population  {clients} clients in {groups} groups, {rounds} rounds")
 

@@ -25,7 +25,7 @@ wherever no reason is given against them:
   in every step at full weight, because there the base is used as a language model of statements;
 - six rounds (goqa) and four (polis, where scoring thousands of texts costs most), for time.
 
-    python -m simulations.real_data goqa --data shared/data --out DIR --seeds 5
+    python -m simulations.real_data goqa --data FOLDER --out DIR --seeds 5
 
 Resumable: a pocket is recognised by its corpus, settings and seed, a run by its configuration.
 """

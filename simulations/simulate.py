@@ -35,6 +35,7 @@ from simulations.grid import InProcessGrid
 from simulations.references import references
 
 ENGINES = ("inprocess", "flower")
+LARGE_RATE = 1e-3
 
 
 def simulate(
@@ -61,6 +62,8 @@ def simulate(
     progress.phase("model", "loading the base, checking that it can take every row")
     usable, unusable = usable_clients(config)
     clients = tuple(usable.values())
+    for warning in _doubtful(config, clients[0].form):
+        progress.warn(warning)
     resolve_metric(config, clients[0].form)
     config = prepare(config)
     folder = Path(config.run.out)
@@ -97,6 +100,22 @@ def simulate(
     return outcomes[0]
 
 
+def _doubtful(config: Config, form: str) -> list[str]:
+    """Name settings that are meant for the pocket and surveys, and hurt elsewhere."""
+    found = []
+    if config.model.name != "pocket" and config.local.learning_rate >= LARGE_RATE:
+        found.append(
+            f"local.learning-rate = {config.local.learning_rate:g} is meant for the pocket and "
+            "would ruin a pretrained model; 1e-4 is usual (and personal.learning-rate 5e-5)."
+        )
+    if form == "pairs" and config.local.reference == "none":
+        found.append(
+            "pairs without a reference favour short responses and may learn nothing; usual are "
+            "local.reference = 'base' and local.beta = 0.1."
+        )
+    return found
+
+
 def _show_data(data: Dataset, left_out: Sequence[BadRow], folder: Path, progress: Progress) -> None:
     """Say how much the groups disagree, and list every row that was left out in a file."""
     conflict = describe(data).conflict
@@ -115,7 +134,7 @@ def _show_data(data: Dataset, left_out: Sequence[BadRow], folder: Path, progress
 def _check_flower_engine() -> None:
     """Raise ``ConfigError``, before a run folder is made, where Flower's engine cannot start."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("engine 'flower' needs Ray. Install it with: pip install 'fedalign[ray]'")
+        raise ConfigError("engine 'flower' needs Ray. Install it with: pip install -e '.[ray]'")
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("engine 'flower' must be started from the main thread.")
 

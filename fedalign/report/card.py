@@ -104,7 +104,7 @@ def _scores(facts: Facts) -> str:
         for n, label in (("uniform", "uniform answerer"), ("optimum_average", "best single answer"))
         if facts.references[n].scores
     ]
-    head = ["group", "training size", *stages, *(label for _, label in references), "mean weight"]
+    head = ["group", "claimed size", *stages, *(label for _, label in references), "mean weight"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for g in facts.groups:
         weights = list(facts.weights[g].values())

@@ -93,7 +93,7 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
     columns = ["base", "shared", "change"]
     columns += ["personal"] if has_personal else []
     columns += [tables.STAGE_NAMES[n] for n in others]
-    columns += ["uniform answerer", "best single answer", "option mass", "training size", "clients"]
+    columns += ["uniform answerer", "best single answer", "option mass", "claimed size", "clients"]
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),
         title=_title(facts),

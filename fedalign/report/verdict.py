@@ -141,8 +141,8 @@ def _local_only(facts: Facts) -> list[str]:
         return []
     better = sum(personal[g] > alone[g] for g in both)
     return [
-        f"The personal adapter beats training alone for as many steps in {better} of "
-        f"{len(both)} groups."
+        "The personal adapter beats training alone for as many steps as the whole run in "
+        f"{better} of {len(both)} groups."
     ]
 
 

@@ -29,7 +29,7 @@ from server.checkpoint import load
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'fedalign[ray]'"
+        importlib.util.find_spec("ray") is None, reason="needs Ray: pip install -e '.[ray]'"
     ),
 ]
 

@@ -107,7 +107,7 @@ def test_missing_ray_exits_2_before_anything_is_written(
     )
     done = fedalign("simulate", "--engine", "flower", "--out", tmp_path / "run")
     assert done.code == 2
-    assert "pip install 'fedalign[ray]'" in done.err
+    assert "pip install -e '.[ray]'" in done.err
     assert not (tmp_path / "run").exists()
 
 
