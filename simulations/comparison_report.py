@@ -233,11 +233,14 @@ def _page(
 ) -> str:
     seeds = len(next(iter(table.values())))
     local, weights = config.local, config.weights
+    metric = config.score.metric
+    if metric == "auto":
+        metric = "js_divergence (survey) or pair_accuracy (pairs)"
     lines = [
         f"# Comparison: {scenario}",
         "",
         f"{len(table)} arms, {seeds} seeds, {config.run.rounds} rounds of {local.steps} steps. "
-        f"Score {config.score.metric}, labels {local.labels}, reference {local.reference}, "
+        f"Score {metric}, labels {local.labels}, reference {local.reference}, "
         f"beta {local.beta:g}, temperature {weights.temperature:g}, decay {weights.decay:g}, "
         f"aggregation {config.aggregation.method} (unless the arm's name says otherwise). "
         "Test questions, shared adapter. 95 % t intervals over seeds.",
@@ -271,6 +274,7 @@ def _page(
             + " |"
             * len(SHOWN)
         )
+    lines += _low_mass(table, config.score.min_option_mass)
     lines += [
         "",
         "Below: mean paired difference, [95 % over seeds], {95 % over questions}. A difference",
@@ -280,6 +284,20 @@ def _page(
         lines += _against(baseline, [d for d in differences if d.baseline == baseline])
     lines += ["", "![average against worst group](comparison.svg)", ""]
     return "\n".join(lines)
+
+
+def _low_mass(table: Mapping[str, Mapping[int, Mapping[str, float]]], least: float) -> list[str]:
+    """Name the arms with runs below the option-mass limit: those runs count as failed."""
+    lines = []
+    for arm, by_seed in table.items():
+        low = [s for s, v in sorted(by_seed.items()) if v.get("option_mass", 1.0) < least]
+        if low:
+            seeds = ", ".join(map(str, low))
+            lines.append(
+                f"- {arm}: {len(low)} of {len(by_seed)} runs (seeds {seeds}) end with option mass "
+                f"below {least:g} and count as failed; the means above include them."
+            )
+    return ["", *lines] if lines else []
 
 
 def _against(baseline: str, differences: Sequence[Difference]) -> list[str]:
