@@ -19,7 +19,9 @@ def resident_model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
     """Return the resident base; runs of one process that share it do not load it again."""
     key = (model, frozen_a)
     if key not in _models:
-        _models.clear()  # let go of the old base before the new one is loaded
+        # Let go of the old base before the new one is loaded; the cache below holds it too.
+        _models.clear()
+        _usable_clients.cache_clear()
         _models[key] = ResidentModel(model, frozen_a)
     return _models[key]
 

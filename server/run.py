@@ -105,7 +105,9 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
         ledger.put_run(status="completed" if mass_ok else "failed: option mass")
         write_adapter(run.state, ledger, folder / ADAPTER)
     progress.phase("report")
-    masses = "" if after is None else f"{before or 0.0:.3f} at the base, {after:.3f} at the end"
+    masses = "" if after is None else f"{after:.3f} at the end"
+    if before is not None and after is not None:
+        masses = f"{before:.3f} at the base, {masses}"
     return Outcome(folder, build_report(folder), run.state.round, mass_ok, masses)
 
 
