@@ -20,7 +20,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedalign.config_rules import CHOICES, RANGES, SURVEY_METRICS, WEIGHT_RULES, check
+from fedalign.config_rules import (
+    CHOICES,
+    RANGES,
+    REWARD_RULES,
+    SURVEY_METRICS,
+    WEIGHT_RULES,
+    check,
+)
 from fedalign.errors import ConfigError
 
 Scalar = str | int | float | bool
@@ -30,12 +37,15 @@ Scalar = str | int | float | bool
 class RunConfig:
     """How the run goes: seeds, rounds, waiting, where the output goes."""
 
+    mode: str = "adapters"
+    """``adapters`` (clients train, the server aggregates) or ``rewards`` (the server trains a
+    policy with PPO on rewards that groups give to its texts)."""
     name: str = "default"
     """Name of the run; part of the folder name when ``out`` is empty."""
     seed: int = 0
     """Draws group values, pairs, split, initial adapter, sampling. The pocket model is fixed."""
     rounds: int = 8
-    """Rounds of training, at least 1."""
+    """Rounds of training, at least 1; in mode ``rewards`` exchanges of rollouts for rewards."""
     out: str = ""
     """Run folder. Empty: a new folder under the user's data directory, printed at start and end."""
     resume: bool = False
@@ -128,7 +138,10 @@ class LocalConfig:
     """Training on a client."""
 
     engine: str = "torch"
-    """``torch`` (our loop) or ``trl`` (TRL's DPOTrainer; hard labels only)."""
+    """``torch`` (our loop) or ``trl`` (TRL's trainers; DPO with hard labels, RLOO, GRPO)."""
+    objective: str = "dpo"
+    """``dpo``, ``ppo`` (rewards of sampled texts, section ``ppo``), or with engine ``trl`` also
+    ``rloo`` and ``grpo``."""
     loss: str = "sigmoid"
     """``sigmoid`` (DPO), ``ipo``, ``conservative`` or ``robust``."""
     beta: float = 1.0
@@ -186,12 +199,122 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class RewardsConfig:
+    """What a sampled text is worth to a group, and how the groups' rewards become one."""
+
+    task: str = "letter"
+    """What the policy writes: ``letter`` (one answer), ``shares`` (the share of each option in
+    tenths) or ``order`` (all options, most to least chosen). Scores follow the task."""
+    score: str = "auto"
+    """Reward of a text, in [0, 1]. ``letter``: ``log`` or ``share``. ``shares``:
+    ``js_divergence``, ``js_distance``, ``wasserstein``, ``cosine``. ``order``: ``borda``,
+    ``kendall``, ``binary``. ``auto``: log, js_divergence, borda."""
+    floor: float = 0.01
+    """Share below which ``log`` does not distinguish: r = 1 - ln(max(p, floor)) / ln(floor)."""
+    malformed: float = 0.0
+    """Reward of a text that is no answer, in [0, 1]; such texts are counted."""
+    rule: str = "reweighted"
+    """``mean``, ``min``, ``max``, ``literal`` (adaptive as published), ``scaled`` (its scale
+    kept), ``reweighted``, ``soft-min``, ``mixture``, ``multiplicative``; controls ``mean-over-n``,
+    ``mean-kl-n``, ``placebo``."""
+    fairness_threshold: float = 0.99
+    """``literal``, ``scaled`` and ``placebo`` take the plain mean where the fairness index of the
+    rewards is at least this; above 1 they never do."""
+    sharpness: float = -10.0
+    """k of ``soft-min``, below 0: towards 0 the mean, towards minus infinity the minimum."""
+    reference_correction: bool = False
+    """Take kl * log pi_ref(text) off the reward of well-formed texts, so that the base's own
+    preference among answers does not count."""
+    prompts: str = ""
+    """Absolute path of a file with questions and options (JSON lines) that the server samples
+    answers to. Empty: the training questions of ``data``, without anybody's answers."""
+    min_format_rate: float = 0.5
+    """A run in whose exchange fewer texts are well formed is stopped as collapsed."""
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    """Proximal policy optimisation, on the server or as a client's local objective."""
+
+    kl: float = 0.2
+    """Weight of the KL divergence from the base (nats a text) against the reward."""
+    kl_target: float = 0.0
+    """Nats a text at which a controller holds the divergence by moving ``kl``; 0 keeps ``kl``."""
+    questions: int = 16
+    """Questions in a minibatch."""
+    samples: int = 4
+    """Texts sampled for each question."""
+    minibatches: int = 4
+    """Minibatches in one exchange (or one local batch)."""
+    epochs: int = 2
+    """Passes over the minibatches of one exchange."""
+    clip: float = 0.2
+    """Clipping of the probability ratio."""
+    value_clip: float = 0.2
+    """Clipping of the value's change, in units of reward; 0 switches it off."""
+    gamma: float = 1.0
+    """Discount a token."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten: bool = True
+    """Standardise advantages over each exchange."""
+    learning_rate: float = 0.003
+    """AdamW learning rate of the adapter."""
+    value_learning_rate: float = 0.01
+    """AdamW learning rate of the value head."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 switches it off."""
+    max_clip_fraction: float = 0.5
+    """No further update on an exchange once this share of ratios was clipped in one."""
+    max_kl: float = 20.0
+    """A run whose divergence exceeds this (nats a text) is stopped as collapsed."""
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """The federated preference predictor: answers of a group to questions it never answered."""
+
+    rounds: int = 30
+    """Rounds of federated averaging before it is frozen."""
+    steps: int = 8
+    """Local optimiser steps a round."""
+    width: int = 64
+    """Width of the transformer."""
+    layers: int = 2
+    """Layers of the transformer."""
+    heads: int = 4
+    """Attention heads."""
+    context: int = 20
+    """Questions of the group that a prediction is made from."""
+    targets: int = 20
+    """Questions predicted in one training step."""
+    learning_rate: float = 0.001
+    """AdamW learning rate, with a cosine over all steps of all rounds."""
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What a site allows when it is asked for rewards."""
+
+    answers: str = "shares"
+    """What rewards are made from: ``shares`` (its true answers), ``predictor`` (the frozen
+    predictor only) or ``both`` (true answers where it has them, else the predictor)."""
+    rounding: float = 0.0
+    """Rewards are rounded to multiples of this; 0 sends them exact."""
+    query_budget: int = 0
+    """Different texts a question that are ever answered; 0 sets no limit."""
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """How well a group is served. One run uses one score."""
 
     metric: str = "auto"
     """Survey: ``js_divergence``, ``js_distance``, ``js_distance_base2``, ``wasserstein``,
-    ``cosine``. Pairs: ``pair_accuracy``. ``auto``: js_divergence for survey data."""
+    ``cosine``. Pairs: ``pair_accuracy``. Task ``order``: ``borda``, ``kendall``, ``binary``.
+    ``auto``: js_divergence for survey data, borda for task ``order``."""
+    samples: int = 8
+    """Texts sampled for each question when tasks ``shares`` and ``order`` are scored."""
     items: bool = True
     """Send per-question test scores to the server (needed for the fairness index)."""
     seen: bool = False
@@ -223,6 +346,10 @@ class Config:
     local: LocalConfig = field(default_factory=LocalConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    site: SiteConfig = field(default_factory=SiteConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     personal: PersonalConfig = field(default_factory=PersonalConfig)
 
@@ -295,6 +422,8 @@ def parse_override(text: str) -> tuple[str, Scalar]:
 def resolve_metric(config: Config, form: str) -> str:
     """Return the run's one score for a data form (``survey`` or ``pairs``)."""
     metric = config.score.metric
+    if config.rewards.task == "order":
+        return "borda" if metric == "auto" else metric
     if metric == "auto":
         return "js_divergence" if form == "survey" else "pair_accuracy"
     if (metric == "pair_accuracy") != (form == "pairs"):
@@ -303,6 +432,13 @@ def resolve_metric(config: Config, form: str) -> str:
             f"score.metric = '{metric}' does not fit {form} data; use {', '.join(allowed)} or auto."
         )
     return metric
+
+
+def resolve_reward(config: Config) -> str:
+    """Return what a sampled text is scored by: ``rewards.score``, or the task's own default."""
+    if config.rewards.score != "auto":
+        return config.rewards.score
+    return {"letter": "log", "shares": "js_divergence", "order": "borda"}[config.rewards.task]
 
 
 def config_hash(config: Config) -> str:
@@ -357,6 +493,7 @@ __all__ = [
     "CHOICES",
     "NOT_IN_HASH",
     "RANGES",
+    "REWARD_RULES",
     "SURVEY_METRICS",
     "WEIGHT_RULES",
     "AggregationConfig",
@@ -365,9 +502,13 @@ __all__ = [
     "LocalConfig",
     "ModelConfig",
     "PersonalConfig",
+    "PpoConfig",
+    "PredictorConfig",
+    "RewardsConfig",
     "RunConfig",
     "Scalar",
     "ScoreConfig",
+    "SiteConfig",
     "WeightsConfig",
     "config_hash",
     "differing_keys",
@@ -377,6 +518,7 @@ __all__ = [
     "load_toml",
     "parse_override",
     "resolve_metric",
+    "resolve_reward",
     "to_flat",
     "to_json",
 ]

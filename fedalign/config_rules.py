@@ -14,8 +14,27 @@ Scalar = str | int | float | bool
 
 SURVEY_METRICS = ("js_divergence", "js_distance", "js_distance_base2", "wasserstein", "cosine")
 WEIGHT_RULES = ("uniform", "size", "adaptive", "worst", "afl", "qffl", "placebo")
+REWARD_RULES = (
+    "mean",
+    "min",
+    "max",
+    "literal",
+    "scaled",
+    "reweighted",
+    "soft-min",
+    "mixture",
+    "multiplicative",
+    "placebo",
+    "mean-over-n",
+    "mean-kl-n",
+)
+TASKS = ("letter", "shares", "order")
+ORDER_METRICS = ("borda", "kendall", "binary")
+SHARES_METRICS = ("js_divergence", "js_distance", "wasserstein", "cosine")
+TASK_SCORES = {"letter": ("log", "share"), "shares": SHARES_METRICS, "order": ORDER_METRICS}
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "run.mode": ("adapters", "rewards"),
     "run.early-stop-on": ("worst", "average"),
     "data.source": ("synthetic", "survey", "pairs", "globalopinionqa", "goqa", "polis", "hf"),
     "data.form": ("auto", "survey", "pairs"),
@@ -24,13 +43,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gradient-checkpointing": ("auto", "on", "off"),
     "local.engine": ("torch", "trl"),
+    "local.objective": ("dpo", "ppo", "rloo", "grpo"),
     "local.loss": ("sigmoid", "ipo", "conservative", "robust"),
     "local.labels": ("shares", "hard"),
     "local.schedule": ("cosine", "constant"),
     "weights.rule": WEIGHT_RULES,
     "weights.within-group": ("size", "equal"),
     "aggregation.method": ("product", "frozen-a", "factor-mean"),
-    "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy"),
+    "rewards.task": TASKS,
+    "rewards.score": ("auto", "log", "share", *SHARES_METRICS, *ORDER_METRICS),
+    "rewards.rule": REWARD_RULES,
+    "site.answers": ("shares", "predictor", "both"),
+    "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy", *ORDER_METRICS),
 }
 
 # key: (low, high, low allowed, high allowed)
@@ -65,6 +89,37 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "weights.ceiling": (1, 1e6, True, True),
     "weights.step": (0, 1e6, False, True),
     "weights.q": (0, 100, True, True),
+    "rewards.floor": (0, 1, False, False),
+    "rewards.malformed": (0, 1, True, True),
+    "rewards.fairness-threshold": (0, 2, True, True),
+    "rewards.sharpness": (-1e4, 0, True, False),
+    "rewards.min-format-rate": (0, 1, True, True),
+    "ppo.kl": (0, 1e3, False, True),
+    "ppo.kl-target": (0, 1e3, True, True),
+    "ppo.questions": (1, 10**5, True, True),
+    "ppo.samples": (1, 10**4, True, True),
+    "ppo.minibatches": (1, 10**4, True, True),
+    "ppo.epochs": (1, 100, True, True),
+    "ppo.clip": (0, 1, False, False),
+    "ppo.value-clip": (0, 1e3, True, True),
+    "ppo.gamma": (0, 1, False, True),
+    "ppo.lam": (0, 1, True, True),
+    "ppo.learning-rate": (0, 10, False, True),
+    "ppo.value-learning-rate": (0, 10, False, True),
+    "ppo.max-grad-norm": (0, 1e9, True, True),
+    "ppo.max-clip-fraction": (0, 1, False, True),
+    "ppo.max-kl": (0, 1e6, False, True),
+    "predictor.rounds": (1, 10**6, True, True),
+    "predictor.steps": (1, 10**6, True, True),
+    "predictor.width": (4, 8192, True, True),
+    "predictor.layers": (1, 100, True, True),
+    "predictor.heads": (1, 128, True, True),
+    "predictor.context": (1, 10**5, True, True),
+    "predictor.targets": (1, 10**5, True, True),
+    "predictor.learning-rate": (0, 10, False, True),
+    "site.rounding": (0, 1, True, False),
+    "site.query-budget": (0, 10**6, True, True),
+    "score.samples": (1, 10**4, True, True),
     "score.min-option-mass": (0, 1, True, True),
     "personal.steps": (0, 10**9, True, True),
     "personal.learning-rate": (0, 10, False, True),
@@ -94,12 +149,19 @@ def check(flat: Mapping[str, Scalar]) -> None:
         raise ConfigError(f"data.source = '{flat['data.source']}' needs data.path.")
     if flat["data.partition"] == "column" and not flat["data.partition-column"]:
         raise ConfigError("data.partition = 'column' needs data.partition-column.")
-    if flat["local.engine"] == "trl" and flat["local.labels"] != "hard":
+    _check_rewards(flat)
+    objective = flat["local.objective"]
+    if objective in ("rloo", "grpo") and flat["local.engine"] != "trl":
+        raise ConfigError(f"local.objective = '{objective}' needs local.engine = 'trl'.")
+    if objective == "ppo" and flat["local.engine"] == "trl":
+        raise ConfigError("TRL has no PPO trainer any more: use local.engine = 'torch' for ppo.")
+    dpo_by_trl = flat["local.engine"] == "trl" and objective == "dpo"
+    if dpo_by_trl and flat["local.labels"] != "hard":
         raise ConfigError(
             "local.engine = 'trl' takes hard labels only (TRL has no per-pair vote shares). "
             "Set local.labels = 'hard', or use local.engine = 'torch'."
         )
-    if flat["local.engine"] == "trl" and flat["local.reference"] != "base":
+    if dpo_by_trl and flat["local.reference"] != "base":
         raise ConfigError("local.engine = 'trl' needs local.reference = 'base'.")
     if flat["local.loss"] == "robust" and flat["local.labels"] == "shares":
         raise ConfigError(
@@ -111,10 +173,48 @@ def check(flat: Mapping[str, Scalar]) -> None:
             f"local.label-noise = {flat['local.label-noise']} has no effect on loss "
             f"'{flat['local.loss']}'. Use loss 'conservative' or 'robust', or set it to 0."
         )
-    paths = ("run.out",) if flat["data.source"] == "hf" else ("data.path", "run.out")
+    paths = ["rewards.prompts", "run.out"]
+    if flat["data.source"] != "hf":
+        paths.append("data.path")
     for name in paths:
         given = str(flat[name])
         if given and not Path(given).is_absolute():
             raise ConfigError(
                 f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
             )
+
+
+def _check_rewards(flat: Mapping[str, Scalar]) -> None:
+    """Refuse rewards that cannot tell one sampled text from another, and unfitting scores."""
+    task, score, metric = (str(flat[k]) for k in ("rewards.task", "rewards.score", "score.metric"))
+    sampled = flat["run.mode"] == "rewards" or flat["local.objective"] != "dpo"
+    if score != "auto" and score not in TASK_SCORES[task]:
+        why = ""
+        if task == "letter" and score in SHARES_METRICS:
+            why = (
+                " A distance between option probabilities gives every sampled letter of a question "
+                "the same reward, so there is nothing to learn from; it is for evaluation only."
+            )
+        raise ConfigError(
+            f"rewards.score = '{score}' does not fit rewards.task = '{task}'; use "
+            f"{', '.join(TASK_SCORES[task])} or auto.{why}"
+        )
+    if not sampled and task != "letter":
+        raise ConfigError(
+            f"rewards.task = '{task}' needs an objective that samples texts: run.mode = 'rewards', "
+            "or local.objective = 'ppo'. DPO compares letters."
+        )
+    if (metric in ORDER_METRICS) != (task == "order") and metric != "auto":
+        raise ConfigError(
+            f"score.metric = '{metric}' does not fit rewards.task = '{task}'; use auto or "
+            f"{', '.join(ORDER_METRICS if task == 'order' else SURVEY_METRICS)}."
+        )
+    if sampled and flat["data.form"] == "pairs":
+        raise ConfigError("sampled texts are scored against survey answers, not against pairs.")
+    if float(flat["predictor.width"]) % float(flat["predictor.heads"]):
+        raise ConfigError("predictor.width must be a multiple of predictor.heads.")
+    if flat["site.answers"] != "shares" and flat["run.mode"] != "rewards":
+        raise ConfigError(
+            f"site.answers = '{flat['site.answers']}' needs run.mode = 'rewards': only there "
+            "is a predictor trained."
+        )

@@ -12,6 +12,8 @@ train       LoRA factors, float32 (k, P); validation score of the *received* ada
             question count, option mass, uniform score; loss (mean, first, last), pairs, steps,
             seconds
 personal    per client and stage: test score, question count, option mass; question scores as above
+exchange    per client: one reward and one code for each sampled text (``exchange.py``)
+predictor   weights of the group's preference predictor, float32; loss (``predictor.py``)
 ==========  ====================================================================================
 
 and a status code for each client.  Nothing else: no text of a question or answer, no exception
@@ -24,6 +26,22 @@ entries, score out of range) condemns that client alone.
 
 from __future__ import annotations
 
+from fedalign.wire.exchange import (
+    CODES,
+    EXCHANGE,
+    FROM_SHARES,
+    MALFORMED,
+    PREDICTED,
+    REFUSED,
+    UNANSWERED,
+    Question,
+    RewardReply,
+    Rollouts,
+    decode_rewards,
+    decode_rollouts,
+    encode_rewards,
+    encode_rollouts,
+)
 from fedalign.wire.records import (
     BAD_REQUEST,
     F32,
@@ -67,9 +85,13 @@ from fedalign.wire.requests import (
 
 __all__ = [
     "BAD_REQUEST",
+    "CODES",
+    "EXCHANGE",
     "F32",
+    "FROM_SHARES",
     "HELLO",
     "INTERNAL_ERROR",
+    "MALFORMED",
     "MANIFEST_MISMATCH",
     "MAX_CLIENTS",
     "MAX_ITEMS",
@@ -78,14 +100,20 @@ __all__ = [
     "OK",
     "OUT_OF_RANGE",
     "PERSONAL",
+    "PREDICTED",
     "PROTOCOL",
+    "REFUSED",
     "SCORE",
     "STATUS",
     "TRAIN",
+    "UNANSWERED",
     "UNKNOWN_CLIENT",
     "Hello",
     "Manifest",
+    "Question",
     "Request",
+    "RewardReply",
+    "Rollouts",
     "Score",
     "ScoreReply",
     "TrainReply",
@@ -93,11 +121,15 @@ __all__ = [
     "decode_adapter",
     "decode_hello",
     "decode_request",
+    "decode_rewards",
+    "decode_rollouts",
     "decode_scores",
     "decode_train",
     "encode_failure",
     "encode_hello",
     "encode_request",
+    "encode_rewards",
+    "encode_rollouts",
     "encode_scores",
     "encode_train",
 ]

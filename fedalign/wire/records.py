@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fedalign.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 HELLO = "query.hello"
 SCORE = "evaluate.score"

@@ -79,7 +79,7 @@ def decode_scores(
     A client whose row is broken comes back with status ``non-finite``; a broken message raises.
     ``low`` is the lower end of the score's range.
     """
-    status = _open_reply(content, clients)
+    status = open_reply(content, clients)
     if all(s != OK for s in status):
         return [ScoreReply(c, s, {}) for c, s in zip(clients, status, strict=True)]
     m = content.metric_records["status"]
@@ -142,7 +142,7 @@ def decode_train(
     content: RecordDict, clients: Sequence[str], manifest: Manifest, low: float
 ) -> tuple[list[TrainReply], F32]:
     """Read the answer to ``train``: one record for each client asked, and factors (k, P)."""
-    status = _open_reply(content, clients)
+    status = open_reply(content, clients)
     k = len(clients)
     if all(s != OK for s in status):
         failed = [TrainReply(c, s) for c, s in zip(clients, status, strict=True)]
@@ -225,7 +225,8 @@ def _score(
     return Score(score, int(n), mass, uniform, items)
 
 
-def _open_reply(content: RecordDict, clients: Sequence[str]) -> tuple[int, ...]:
+def open_reply(content: RecordDict, clients: Sequence[str]) -> tuple[int, ...]:
+    """Return the status of each client; ``WireError`` unless exactly those asked are answered."""
     try:
         c = content.config_records["reply"]
         if int(c["protocol"]) != PROTOCOL:  # type: ignore[arg-type]
