@@ -103,6 +103,37 @@ def personal(message: Message, context: Context) -> Message:
     return _answer(message, context, handle)
 
 
+@app.query("exchange")
+def exchange(message: Message, context: Context) -> Message:
+    """Say what the server's sampled texts are worth here, as the site's policy allows."""
+
+    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
+        from clients.trainer import resident_trainer
+
+        trainer = resident_trainer(config)
+        rollouts = wire.decode_rollouts(message.content)
+        predictor = None
+        if config.site.answers != "shares":
+            predictor = wire.decode_predictor(message.content, trainer.predictor.size)
+        return wire.encode_rewards(trainer.exchange(request.clients, rollouts, predictor))
+
+    return _answer(message, context, handle)
+
+
+@app.train("predictor")
+def predictor(message: Message, context: Context) -> Message:
+    """Train the preference predictor on this site's own answers."""
+
+    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
+        from clients.trainer import resident_trainer
+
+        site = resident_trainer(config).predictor
+        flat = wire.decode_predictor(message.content, site.size)
+        return wire.encode_predictor_replies(*site.train(request.clients, flat, request.round))
+
+    return _answer(message, context, handle)
+
+
 def _adapter(message: Message, request: wire.Request, manifest: wire.Manifest) -> wire.F32:
     if request.manifest_hash != manifest.hash:
         raise WireError("manifest-mismatch")

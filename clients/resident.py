@@ -1,4 +1,4 @@
-"""What stays in memory of a process: one frozen base, and the population it can take."""
+"""What stays in memory of a process: the population that its base model can take."""
 
 from __future__ import annotations
 
@@ -9,21 +9,8 @@ from clients.store import population
 from fedalign.config import Config, DataConfig, ModelConfig, RunConfig
 from fedalign.data.records import BadRow, ClientData
 from fedalign.errors import DataError
-from fedalign.models.base import ResidentModel
+from fedalign.models.resident import resident_model
 from fedalign.training.examples import drop_unusable
-
-_models: dict[tuple[ModelConfig, bool], ResidentModel] = {}
-
-
-def resident_model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
-    """Return the resident base; runs of one process that share it do not load it again."""
-    key = (model, frozen_a)
-    if key not in _models:
-        # Let go of the old base before the new one is loaded; the cache below holds it too.
-        _models.clear()
-        _usable_clients.cache_clear()
-        _models[key] = ResidentModel(model, frozen_a)
-    return _models[key]
 
 
 def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
@@ -34,13 +21,14 @@ def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadR
     keeps no training or validation question.
     """
     frozen_a = config.aggregation.method == "frozen-a"
-    return _usable_clients(resident_model(config.model, frozen_a), config.data, config.run.seed)
+    return _usable_clients(config.model, frozen_a, config.data, config.run.seed)
 
 
 @lru_cache(maxsize=1)
 def _usable_clients(
-    model: ResidentModel, data: DataConfig, seed: int
+    settings: ModelConfig, frozen_a: bool, data: DataConfig, seed: int
 ) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    model = resident_model(settings, frozen_a)
     clients: dict[str, ClientData] = {}
     bad: list[BadRow] = []
     for client in population(Config(run=RunConfig(seed=seed), data=data)):

@@ -14,8 +14,10 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 # One thread a client process: small matrices run slower on many, and sums keep their order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from clients.resident import resident_model, usable_clients
+from clients.resident import usable_clients
+from clients.sampled_scores import sampled_scores
 from clients.store import keep_personal_adapter
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
@@ -36,10 +39,16 @@ from fedalign.data.records import Item, Pair, SurveyItem
 from fedalign.errors import WireError
 from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
 from fedalign.models.layout import Array, pack
+from fedalign.models.resident import resident_model
+from fedalign.randomness import Key
 from fedalign.training.examples import TrainingSet, training_set
+from fedalign.training.local_ppo import PolicyJob, train_ppo
 from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
 from fedalign.training.reference import ReferenceKind, reference_kind, reference_logps
 from fedalign.training.score import pair_prompts, score_pairs, score_survey
+
+if TYPE_CHECKING:
+    from clients.predictor import PredictorSite
 
 log = logging.getLogger("fedalign.client")
 
@@ -119,19 +128,11 @@ class ResidentTrainer:
         known, unknown = self._sort_out(names)
         self.model.load(adapter)
         scores = self._scores([(c, "validation") for c in known])
-        rate = round_learning_rate(self.config.local, round_, self.config.run.rounds)
-        jobs = [
-            TrainJob(
-                client=c,
-                adapter=adapter,
-                data=self._prepare(c).data,
-                reference_logps=self._prepare(c).reference,
-                steps=self.config.local.steps,
-                learning_rate=rate,
-                key=(round_, c),
-            )
-            for c in known
-        ]
+        local = self.config.local
+        if local.objective != "dpo":
+            local = replace(local, learning_rate=self.config.ppo.learning_rate)
+        rate = round_learning_rate(local, round_, self.config.run.rounds)
+        jobs = [self._job(c, adapter, local.steps, rate, (round_, c)) for c in known]
         began = time.perf_counter()
         results = {r.client: r for r in self._train(jobs)}
         seconds = (time.perf_counter() - began) / max(1, len(jobs))
@@ -160,7 +161,7 @@ class ResidentTrainer:
                     result.metrics["loss"],
                     result.metrics["loss_first"],
                     result.metrics["loss_last"],
-                    self._prepare(name).data.examples,
+                    self._examples(name),
                     result.steps,
                     seconds,
                 )
@@ -188,23 +189,11 @@ class ResidentTrainer:
             if name in unknown:
                 replies.append(wire.ScoreReply(name, wire.UNKNOWN_CLIENT, {}))
                 continue
-            prepared = self._prepare(name)
-
-            def job(start: Array, steps: int, key: str, snapshots: tuple[int, ...]) -> TrainJob:
-                return TrainJob(
-                    client=name,  # noqa: B023 - used within this turn of the loop
-                    adapter=start,
-                    data=prepared.data,  # noqa: B023
-                    reference_logps=prepared.reference,  # noqa: B023
-                    steps=steps,
-                    learning_rate=settings.learning_rate,
-                    key=(key, name),  # noqa: B023
-                    snapshots=snapshots,
-                )
-
-            jobs = [job(adapter, settings.steps, "personal", ())]
+            rate = settings.learning_rate
+            jobs = [self._job(name, adapter, settings.steps, rate, ("personal", name))]
             if settings.local_only:
-                jobs.append(job(fresh, total, "local-only", (settings.steps,)))
+                key, snapshots = ("local-only", name), (settings.steps,)
+                jobs.append(self._job(name, fresh, total, rate, key, snapshots))
             results = self._train(jobs)
             if any(r.adapter is None for r in results):
                 replies.append(wire.ScoreReply(name, wire.NON_FINITE, {}))
@@ -219,6 +208,25 @@ class ResidentTrainer:
                     scores[stage] = score
             replies.append(wire.ScoreReply(name, wire.OK, scores))
         return replies, stages
+
+    def exchange(
+        self, names: Sequence[str], rollouts: wire.Rollouts, predictor: wire.F32 | None
+    ) -> list[wire.RewardReply]:
+        """Reward the server's texts from the clients' own answers, or by the frozen predictor."""
+        from clients.exchange import answer
+
+        predictors = None
+        if predictor is not None:
+            self.predictor.freeze(predictor, names)
+            predictors = {n: partial(self.predictor.predict, n) for n in names if n in self.clients}
+        return answer(self.config, self.clients, names, rollouts, predictors)
+
+    @cached_property
+    def predictor(self) -> PredictorSite:
+        """The site's side of the federated preference predictor."""
+        from clients.predictor import PredictorSite
+
+        return PredictorSite(self.model, self.clients, self.config)
 
     # --- work ---------------------------------------------------------------------------------
 
@@ -235,12 +243,44 @@ class ResidentTrainer:
             self._prepared[name] = _Prepared(data, reference)
         return self._prepared[name]
 
-    def _train(self, jobs: Sequence[TrainJob]) -> list[TrainResult]:
-        if self.config.local.engine == "trl":
+    def _job(
+        self,
+        name: str,
+        start: Array,
+        steps: int,
+        rate: float,
+        key: tuple[Key, ...],
+        snapshots: tuple[int, ...] = (),
+    ) -> TrainJob | PolicyJob:
+        """Return a client's work in the form that the run's objective takes."""
+        if self.config.local.objective == "dpo":
+            own = self._prepare(name)
+            return TrainJob(name, start, own.data, own.reference, steps, rate, key, snapshots)
+        client = self.clients[name]
+        items = tuple(i for i in client.train if isinstance(i, SurveyItem))
+        return PolicyJob(name, client.group, start, items, steps, rate, key, snapshots)
+
+    def _examples(self, name: str) -> int:
+        """Return what a client trains on: pairs, or questions where texts are sampled."""
+        if self.config.local.objective == "dpo":
+            return self._prepare(name).data.examples
+        return len(self.clients[name].train)
+
+    def _train(self, jobs: Sequence[TrainJob | PolicyJob]) -> list[TrainResult]:
+        seed, local = self.config.run.seed, self.config.local
+        sampling = [j for j in jobs if isinstance(j, PolicyJob)]
+        if local.objective == "ppo":
+            return train_ppo(self.model, sampling, self.config, seed)
+        if local.objective != "dpo":
+            from fedalign.training.trl_onpolicy import train_onpolicy
+
+            return train_onpolicy(self.model, sampling, self.config, seed)
+        comparing = [j for j in jobs if isinstance(j, TrainJob)]
+        if local.engine == "trl":
             from fedalign.training.trl_engine import train_trl
 
-            return train_trl(self.model, jobs, self.config.local, self.config.run.seed)
-        return train(self.model, jobs, self.config.local, self.config.run.seed)
+            return train_trl(self.model, comparing, local, seed)
+        return train(self.model, comparing, local, seed)
 
     @staticmethod
     def _stage_adapters(results: Sequence[TrainResult], steps: int) -> dict[str, Array]:
@@ -254,9 +294,30 @@ class ResidentTrainer:
 
     def _scores(self, tasks: Sequence[tuple[str, str]]) -> dict[tuple[str, str], wire.Score | None]:
         """Score the loaded adapter; None where a client has no question of a split."""
+        if self.config.rewards.task != "letter":
+            return self._text_scores(tasks)
         if self.form == "survey":
             return self._survey_scores(tasks)
         return {(c, split): self._pair_score(c, split) for c, split in tasks}
+
+    def _text_scores(
+        self, tasks: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], wire.Score | None]:
+        """Score texts that the loaded adapter writes."""
+        asked = {}
+        for task in tasks:
+            items = (i for i in self._items(*task) if isinstance(i, SurveyItem))
+            own = [i for i in items if is_defined(self.metric, i.ordinals)]
+            asked[task] = (self.clients[task[0]].group, own)
+        found: dict[tuple[str, str], wire.Score | None] = {}
+        for task, made in sampled_scores(self.model, self.config, self.metric, asked).items():
+            if made is None:
+                found[task] = None
+                continue
+            score, values = made
+            items = self._reported(task[1], [i.key for i in asked[task][1]], values)
+            found[task] = replace(score, items=items)
+        return found
 
     def _survey_scores(
         self, tasks: Sequence[tuple[str, str]]

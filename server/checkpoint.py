@@ -1,6 +1,7 @@
 """The checkpoint of a run: one safetensors file, replaced by a rename: the commit.
 
-It holds the global adapter and, as JSON in the file's header, everything else a run needs to go on
+It holds the global adapter (in mode ``rewards`` also value head, optimiser moments and the
+preference predictor) and, as JSON in the file's header, everything else a run needs to go on
 as if nothing had happened: the rule's state, counters, the committed (phase, round, attempt)
 triples, the configuration and its hash, library versions and the number of clients in a message.
 Nothing is pickled.
@@ -11,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,8 +25,9 @@ from fedalign.aggregation.records import RuleState
 from fedalign.config import Config, config_hash, differing_keys, from_json
 from fedalign.errors import ResumeError
 
-VERSION = 1
-PHASES = ("base", "train", "final", "personal")
+VERSION = 2
+PHASES = ("base", "predictor", "train", "final", "personal")
+EXTRA = "extra/"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Checkpoint:
     manifest_json: str
     versions: Mapping[str, str]
     phase: str
-    """Last committed phase: one of ``base``, ``train``, ``final``, ``personal``."""
+    """Last committed phase, one of ``PHASES``."""
     round: int
     """Rounds of training that are committed."""
     training_done: bool
@@ -49,6 +52,8 @@ class Checkpoint:
     """Committed (phase, round, attempt), in order."""
     adapter: wire.F32
     """Global adapter (P,) float32."""
+    arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """Mode ``rewards``: value head, optimiser moments and predictor, by name."""
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -68,7 +73,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "commits": [list(c) for c in checkpoint.commits],
     }
     temporary = path.with_suffix(".tmp")
-    save_file({"adapter": checkpoint.adapter}, temporary, metadata={"fedalign": json.dumps(meta)})
+    tensors = {"adapter": checkpoint.adapter} | {
+        EXTRA + name: np.ascontiguousarray(value) for name, value in checkpoint.arrays.items()
+    }
+    save_file(tensors, temporary, metadata={"fedalign": json.dumps(meta)})
     with temporary.open("rb+") as f:
         os.fsync(f.fileno())
     rename(temporary, path)
@@ -90,6 +98,7 @@ def load(path: Path) -> Checkpoint:
         with safe_open(path, framework="numpy") as f:
             meta = json.loads(f.metadata()["fedalign"])
             adapter = f.get_tensor("adapter")
+            extra = {n: f.get_tensor(n) for n in f.keys() if n.startswith(EXTRA)}  # noqa: SIM118
         if meta["version"] != VERSION:
             raise ResumeError(
                 f"{path}: checkpoint version {meta['version']}, this fedalign reads {VERSION}."
@@ -107,6 +116,7 @@ def load(path: Path) -> Checkpoint:
             rule_state=RuleState.from_dict(meta["rule_state"]),
             commits=tuple((str(p), int(r), int(a)) for p, r, a in meta["commits"]),
             adapter=np.asarray(adapter, dtype=np.float32),
+            arrays={name.removeprefix(EXTRA): value for name, value in extra.items()},
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ResumeError(

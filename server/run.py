@@ -4,7 +4,8 @@ Phases, each committed by the rename of the checkpoint::
 
     hello     who is there (asked anew whenever a process starts; never committed)
     base      score the untouched base on validation and test; starts the histories
-    train     rounds 1..T
+    predictor rounds of federated averaging of the preference predictor, where sites answer by it
+    train     rounds 1..T, in mode ``rewards`` exchanges
     final     score the final adapter on validation and test
     personal  local steps that never leave the clients; only test scores come back
 
@@ -30,17 +31,19 @@ from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
 from fedalign.aggregation.records import RuleState
 from fedalign.config import Config, config_hash, resolve_metric, to_flat, to_json
-from fedalign.errors import ConfigError, ResumeError, RunFailed, WireError
+from fedalign.errors import ConfigError, ResumeError, RunFailed
 from fedalign.ledger import ClientRow, Ledger
 from fedalign.models.layout import pack
 from fedalign.report.html import build_report
 from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
 from server import checkpoint as checkpoints
 from server.checkpoint import Checkpoint
-from server.directory import Directory, build
+from server.directory import Directory
 from server.export import write_adapter
+from server.hello import ask_hello
 from server.progress import Progress
-from server.strategy import GroupStrategy, QuorumMissed
+from server.rlhf import Policy, RewardStrategy, check_alive
+from server.strategy import GroupStrategy, QuorumMissed, RoundResult
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
     folder = Path(config.run.out)
     with Ledger(folder / LEDGER) as ledger:
         progress.phase("hello", "loading model and data")
-        directory = _hello(grid, config, poll)
+        directory = ask_hello(grid, config, poll)
         metric = resolve_metric(config, directory.form)
         _check_possible(config, directory, metric)
         state = _open(folder, config, directory, ledger, progress)
-        strategy = GroupStrategy(config, directory, ledger, folder, metric)
+        kind = RewardStrategy if config.run.mode == "rewards" else GroupStrategy
+        strategy = kind(config, directory, ledger, folder, metric)
         strategy.state = state.rule_state
         ledger.put_run(
             config=to_flat(config),
@@ -92,6 +96,7 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
         try:
             run = _Run(grid, config, strategy, ledger, folder, progress, poll, state)
             run.base()
+            run.predictor()
             run.train()
             run.final()
             run.personal()
@@ -134,6 +139,7 @@ class _Run:
         self.poll = poll
         self.state = state
         self._arrays = wire.adapter_record(state.adapter)
+        self._policy: Policy | None = None
 
     def base(self) -> None:
         """Score the untouched base; its validation scores are the histories' cold start."""
@@ -150,14 +156,35 @@ class _Run:
                 "Train a pocket on your survey (docs/pocket.md) or choose another model."
             )
 
+    def predictor(self) -> None:
+        """Train the preference predictor, where the sites' policy lets one answer."""
+        strategy, config = self.strategy, self.config
+        if config.site.answers == "shares" or self.state.phase not in ("base", "predictor"):
+            return
+        assert isinstance(strategy, RewardStrategy)
+        # One message more than rounds: it trains nothing and brings the frozen predictor's error.
+        for round_ in range(self._done("predictor") + 1, config.predictor.rounds + 2):
+            if round_ == 1:
+                self.progress.phase("predictor", "federated averaging of the preference predictor")
+            flat = self.state.arrays.get("predictor")
+            if flat is None:
+                flat = strategy.first_predictor()
+
+            def attempt(r: int, flat: wire.F32 = flat) -> None:
+                replies = self._exchange(strategy.configure_predictor(r, flat))
+                strategy.aggregate_predictor(r, flat, replies)
+
+            self._attempts("predictor", round_, attempt)
+            self._commit("predictor", round_, arrays={"predictor": strategy.predictor})
+
     def train(self) -> None:
         """Do the rounds that are left."""
+        one_round = self._exchange_round if self.config.run.mode == "rewards" else self._train_round
         while not self.state.training_done:
             round_ = self.state.round + 1
-            self._attempts("train", round_, self._train_round)
+            self._attempts("train", round_, one_round)
             result = self.strategy.result
             assert result is not None
-            assert self.strategy.spool is not None
             best, since = self._early_stop({g: h.value for g, h in result.state.history.items()})
             patience = self.config.run.early_stop_patience
             stop = patience > 0 and since >= patience
@@ -170,8 +197,12 @@ class _Run:
                 best=best,
                 rounds_since_best=since,
                 training_done=stop or round_ >= self.config.run.rounds,
+                arrays={**self.state.arrays, **result.arrays},
             )
-            self.strategy.spool.delete()
+            if self.strategy.spool is not None:
+                self.strategy.spool.delete()
+            if self._policy is not None:
+                self._policy.adopt()
             self._arrays = wire.adapter_record(result.adapter)
             if stop:
                 self.ledger.event("early-stop", phase="train", round=round_)
@@ -198,6 +229,33 @@ class _Run:
     def _train_round(self, round_: int) -> None:
         messages = self.strategy.configure_train(round_, self._arrays, ConfigRecord(), self.grid)
         self.strategy.aggregate_train(round_, self._exchange(messages))
+
+    def _exchange_round(self, round_: int) -> None:
+        strategy = self.strategy
+        assert isinstance(strategy, RewardStrategy)
+        if self._policy is None:
+            self._policy = make_policy(self.config, strategy.directory, self.state)
+        policy = self._policy
+        sampled = policy.sample(round_)
+        check_alive(self.config.rewards, self.config.ppo.max_kl, sampled, round_)
+        asked = time.perf_counter()
+        messages = strategy.configure_exchange(
+            round_, sampled.rollouts, self.state.arrays.get("predictor")
+        )
+        given = strategy.aggregate_exchange(round_, self._exchange(messages), sampled)
+        judged = strategy.judge(round_, given, sampled, policy.kl)
+        answered = time.perf_counter()
+        adapter, arrays, metrics = policy.improve(round_, sampled, judged.rewards)
+        seconds = {
+            **sampled.seconds,
+            "exchange": answered - asked,
+            "update": time.perf_counter() - answered,
+        }
+        strategy.record_exchange(round_, given, judged, metrics, seconds)
+        strategy.state = judged.state
+        strategy.result = RoundResult(
+            adapter, judged.state, given.means, dict(judged.influence), arrays
+        )
 
     def _personal(self, round_: int) -> None:
         messages = self.strategy.configure_personal(round_, self._arrays)
@@ -228,6 +286,10 @@ class _Run:
                 self.progress.warn(str(error))
                 failure = error
         raise RunFailed(f"gave up after {self.config.run.max_attempts} attempts. {failure}")
+
+    def _done(self, phase: str) -> int:
+        """Rounds of a phase that are committed."""
+        return max((r for p, r, _ in self.state.commits if p == phase), default=0)
 
     def _next_attempt(self, phase: str, round_: int) -> int:
         """Attempts are numbered on over restarts: one more than any the ledger has rows of."""
@@ -277,51 +339,13 @@ class _Run:
         return self.state.best, self.state.rounds_since_best + 1
 
 
-def _hello(grid: Grid, config: Config, poll: float) -> Directory:
-    """Ask every online node which clients it hosts."""
-    nodes = list(grid.get_node_ids())
-    timeout = config.run.round_timeout
-    end = time.monotonic() + timeout
-    while not nodes and time.monotonic() < end:
-        time.sleep(max(poll, 0.1))  # Flower registers virtual nodes in the background
-        nodes = list(grid.get_node_ids())
-    if not nodes:
-        raise RunFailed(
-            f"no node came online within run.round-timeout = {timeout:g} s. Start the nodes, or "
-            "wait longer."
-        )
-    request = wire.Request("hello", 0, 1, (), to_json(config))
-    messages = [
-        Message(wire.encode_request(request), n, wire.HELLO, ttl=timeout, group_id="hello")
-        for n in sorted(nodes)
-    ]
-    waiting = set(grid.push_messages(messages))
-    node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-    hellos: list[tuple[int, wire.Hello]] = []
-    reasons: set[str] = set()
-    while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            asked = reply.metadata.reply_to_message_id
-            waiting.discard(asked)
-            if reply.has_error():
-                reasons.add(f"flower-error-{reply.error.code}")
-                continue
-            try:
-                hellos.append((node_of[asked], wire.decode_hello(reply.content)))
-            except WireError as error:
-                reasons.add(error.reason)
-        if not replies:
-            time.sleep(poll)
-    if waiting:
-        reasons.add("no-reply")
-    if reasons:
-        raise RunFailed(
-            f"hello: {len(nodes) - len(hellos)} of {len(nodes)} nodes could not start "
-            f"({', '.join(sorted(reasons))}). The cause is in the log of the node; nothing private "
-            "is sent here."
-        )
-    return build(hellos)
+def make_policy(config: Config, directory: Directory, state: Checkpoint) -> Policy:
+    """Load the model that the server trains in mode ``rewards``."""
+    from server.policy_trainer import PolicyTrainer  # torch, which adapter mode does without
+
+    return PolicyTrainer(
+        config, len(directory.groups), directory.manifest, state.adapter, state.arrays
+    )
 
 
 def _open(

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -60,8 +61,15 @@ class RoundResult:
     adapter: wire.F32
     state: RuleState
     scores: dict[str, float]
-    """Validation score of the received adapter, by present group."""
+    """By present group: validation score of the received adapter, or mean reward."""
     weights: dict[str, float]
+    arrays: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """What else the checkpoint must keep (mode ``rewards``)."""
+
+
+def with_adapter(arrays: ArrayRecord) -> Callable[[wire.Request], RecordDict]:
+    """Return a maker of messages that carry the global adapter, shared between them."""
+    return lambda request: wire.encode_request(request, arrays)
 
 
 class GroupStrategy(Strategy):
@@ -85,7 +93,7 @@ class GroupStrategy(Strategy):
         self.result: RoundResult | None = None
         """Of the last ``aggregate_train``; read by the run loop."""
         w = config.weights
-        self._settings = WeightSettings(
+        self.settings = WeightSettings(
             temperature=w.temperature,
             decay=w.decay,
             floor=w.floor,
@@ -108,7 +116,7 @@ class GroupStrategy(Strategy):
             self.config.run.seed, server_round, self.config.run.clients_per_round
         )
         self._received = np.asarray(arrays["adapter"].numpy(), dtype=np.float32)
-        return self._messages(wire.TRAIN, "train", server_round, chosen, arrays)
+        return self.messages(wire.TRAIN, "train", server_round, chosen, with_adapter(arrays))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -132,10 +140,10 @@ class GroupStrategy(Strategy):
                 else:
                     failed[row.client] = wire.STATUS[row.status]
 
-        self._collect(replies, decode, failed)
+        self.collect(replies, decode, failed)
         received_at = time.perf_counter()
         try:
-            self._check_quorum("train", server_round, len(usable), failed)
+            self.check_quorum("train", server_round, len(usable), failed)
         except QuorumMissed:
             self.ledger.write(
                 "train", server_round, self.attempt, replies=self.recorder.failures(failed)
@@ -144,7 +152,7 @@ class GroupStrategy(Strategy):
             raise
         observation = self._observe(server_round, {c: r.score for c, r in usable.items()})
         state, weights = WEIGHT_RULES[self.config.weights.rule](
-            self._settings, self.state, observation
+            self.settings, self.state, observation
         )
         shares = client_weights(
             weights,
@@ -181,8 +189,8 @@ class GroupStrategy(Strategy):
         """Ask all clients to score an adapter; ``config`` names phase and splits."""
         splits = tuple(str(config["splits"]).split(","))
         everyone = tuple(self.directory.members)
-        return self._messages(
-            wire.SCORE, str(config["phase"]), server_round, everyone, arrays, splits
+        return self.messages(
+            wire.SCORE, str(config["phase"]), server_round, everyone, with_adapter(arrays), splits
         )
 
     def aggregate_evaluate(
@@ -211,8 +219,8 @@ class GroupStrategy(Strategy):
                 f"({self.recorder.metric}). Choose another score.metric, or leave the group out "
                 "with data.groups."
             )
-        if phase == "base":
-            self.state = history.cold_start(self._settings, observation)
+        if phase == "base" and self.config.run.mode == "adapters":
+            self.state = history.cold_start(self.settings, observation)
         found = [o.score for o in observation.groups.values() if o.score is not None]
         return MetricRecord({"worst": min(found), "average": sum(found) / len(found)})
 
@@ -224,7 +232,9 @@ class GroupStrategy(Strategy):
     def configure_personal(self, server_round: int, arrays: ArrayRecord) -> Iterable[Message]:
         """Ask all clients to train on from the final adapter; nothing but scores comes back."""
         everyone = tuple(self.directory.members)
-        return self._messages(wire.PERSONAL, "personal", server_round, everyone, arrays)
+        return self.messages(
+            wire.PERSONAL, "personal", server_round, everyone, with_adapter(arrays)
+        )
 
     def aggregate_personal(self, server_round: int, replies: Iterable[Message]) -> None:
         """Record the test scores of the personal and local-only adapters."""
@@ -251,15 +261,19 @@ class GroupStrategy(Strategy):
 
     # --- sending ----------------------------------------------------------------------------
 
-    def _messages(
+    def messages(
         self,
         kind: str,
         phase: str,
         round_: int,
         clients: Sequence[str],
-        arrays: ArrayRecord,
+        build: Callable[[wire.Request], RecordDict],
         splits: tuple[str, ...] = (),
     ) -> list[Message]:
+        """Return a message for each node and ``clients-per-message`` of its clients.
+
+        ``build`` makes the content from the request; :meth:`collect` reads the replies to these.
+        """
         self._sent = []
         for node, names in self.directory.jobs(clients, self.config.run.clients_per_message):
             request = wire.Request(
@@ -272,7 +286,7 @@ class GroupStrategy(Strategy):
                 splits,
             )
             message = Message(
-                wire.encode_request(request, arrays),
+                build(request),
                 node,
                 kind,
                 ttl=self.config.run.round_timeout,
@@ -283,7 +297,7 @@ class GroupStrategy(Strategy):
 
     # --- receiving --------------------------------------------------------------------------
 
-    def _collect(
+    def collect(
         self,
         replies: Iterable[Message],
         decode: Callable[[Message, Sequence[str]], None],
@@ -307,7 +321,8 @@ class GroupStrategy(Strategy):
         for names in waiting.values():
             failed.update(dict.fromkeys(names, "no-reply"))
 
-    def _check_quorum(self, phase: str, round_: int, usable: int, failed: dict[str, str]) -> None:
+    def check_quorum(self, phase: str, round_: int, usable: int, failed: dict[str, str]) -> None:
+        """Note every failed client; raise :class:`QuorumMissed` when too few are usable."""
         for client, reason in sorted(failed.items()):
             self.ledger.event(
                 "reply-rejected",
@@ -339,8 +354,8 @@ class GroupStrategy(Strategy):
                 else:
                     failed[row.client] = wire.STATUS[row.status]
 
-        self._collect(replies, decode, failed)
-        self._check_quorum(phase, round_, len(rows), failed)
+        self.collect(replies, decode, failed)
+        self.check_quorum(phase, round_, len(rows), failed)
         return sorted(rows, key=lambda r: r.client)
 
     # --- the round ----------------------------------------------------------------------------

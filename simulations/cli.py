@@ -1,4 +1,4 @@
-"""``fedalign``, the researcher's command: simulate, compare, report, export, doctor.
+"""``fedalign``, the researcher's command: simulate, compare, reproduce, report, export, doctor.
 
 Exit codes: 0 success; 1 other errors; 2 settings; 3 data; 4 wire contract; 5 the run failed
 (quorum, option mass); 6 the run folder cannot be resumed as asked.  Heavy imports happen inside the
@@ -39,9 +39,20 @@ Set = Annotated[
 @app.command()
 def simulate(
     scenario: Annotated[
-        str, typer.Argument(help="Packaged scenario, or the path of a TOML file.")
-    ] = "default",
+        str,
+        typer.Argument(
+            help="Packaged scenario, or the path of a TOML file. Without one: 'default', or "
+            "'rewards' with --mode rewards."
+        ),
+    ] = "",
     settings: Set = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="'adapters': clients train, the server averages. 'rewards': the server trains a "
+            "policy with PPO on the groups' rewards. Sets run.mode of a scenario that is named."
+        ),
+    ] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (new).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
@@ -67,9 +78,10 @@ def simulate(
             raise ResumeError(
                 f"{path}: the run stopped before it began. Start it again; the folder can be used."
             )
-        if seed is not None or out is not None or scenario != "default":
+        if seed is not None or out is not None or scenario or mode:
             raise ConfigError(
-                "--resume goes on with a run as it was begun; leave out scenario, --seed and --out."
+                "--resume goes on with a run as it was begun; leave out scenario, --mode, --seed "
+                "and --out."
             )
         changed = dict(parse_override(text) for text in settings or ())
         config = from_flat(stored | changed | {"run.out": str(path), "run.resume": True})
@@ -79,7 +91,10 @@ def simulate(
             options["run.seed"] = seed
         if out is not None:
             options["run.out"] = str(out)
-        config = scenarios.load(scenario, settings or (), options)
+        if mode:
+            options["run.mode"] = mode
+        given = scenario or ("rewards" if mode == "rewards" else "default")
+        config = scenarios.load(given, settings or (), options)
 
     from simulations.display import TerminalProgress
     from simulations.simulate import simulate as run
@@ -132,6 +147,37 @@ def compare(
         workers,
     )
     typer.echo(f"comparison  {path}")
+
+
+@app.command()
+def reproduce(
+    out: Annotated[Path, typer.Option(help="Folder of runs and report.")],
+    full: Annotated[bool, typer.Option("--full", help="All parts, not only core, oracle.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N-1.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    parts: Annotated[str, typer.Option(help="Comma-separated parts, instead of --full.")] = "",
+    countries: Annotated[
+        Path | None,
+        typer.Option(help="Folder with globalopinionqa/goqa.jsonl, for part countries."),
+    ] = None,
+    settings: Set = None,
+) -> None:
+    """Run the published comparison of reward rules with its controls. Resumable.
+
+    Writes reproduction.md, .json and .svg. The default parts take about an hour on two cores.
+    """
+    from simulations.reproduce import reproduce as run
+    from simulations.reproduce_arms import choose
+
+    path = run(
+        out.expanduser().resolve(),
+        choose(parts, full),
+        seeds,
+        workers,
+        settings or (),
+        None if countries is None else countries.expanduser().resolve(),
+    )
+    typer.echo(f"reproduction  {path}")
 
 
 @app.command()

@@ -16,12 +16,14 @@ import itertools
 import multiprocessing
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from fedalign.config import (
     WEIGHT_RULES,
@@ -32,7 +34,7 @@ from fedalign.config import (
     parse_override,
     to_flat,
 )
-from fedalign.errors import ConfigError
+from fedalign.errors import ConfigError, FedalignError
 from fedalign.ledger import Ledger
 from fedalign.runfolder import CHECKPOINT, LEDGER
 from simulations import scenario as scenarios
@@ -104,7 +106,7 @@ def compare(
     todo = [t for t in tasks if not finished(t.config)]
     if len(todo) < len(tasks):
         console.print(f"{len(tasks) - len(todo)} of {len(tasks)} runs are finished already")
-    _run_all(todo, workers, console)
+    run_all(todo, workers, console)
     runs = [Run(t.arm, t.seed, Path(t.config.run.out)) for t in tasks]
     return write_comparison(out, runs, baselines, base, scenario)
 
@@ -122,31 +124,52 @@ def finished(config: Config) -> bool:
 
 def _config(base: Config, arm: Arm, seed: int, out: Path) -> Config:
     config = from_flat({**to_flat(base), **dict(arm.settings), "run.seed": seed})
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", arm.name).strip("-")
-    folder = out / "runs" / f"{slug}-seed{seed}-{config_hash(config)[:8]}"
-    return replace(config, run=replace(config.run, name=arm.name, out=str(folder)))
+    return in_folder(config, arm.name, out)
 
 
-def _run_all(tasks: Sequence[Task], workers: int, console: Console) -> None:
+def in_folder(config: Config, name: str, out: Path) -> Config:
+    """Return the configuration with a name and a run folder of its own under ``out``.
+
+    The folder's name ends in the configuration's hash, so it never holds another configuration.
+    """
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    folder = out / "runs" / f"{slug}-seed{config.run.seed}-{config_hash(config)[:8]}"
+    return replace(config, run=replace(config.run, name=name, out=str(folder)))
+
+
+def run_all(
+    tasks: Sequence[Task], workers: int, console: Console, keep_going: bool = False
+) -> None:
+    """Do the tasks on ``workers`` processes, one line each with an estimate of the time left.
+
+    A run that fails stops everything, unless ``keep_going``: then it is printed, its ledger holds
+    the reason, and the others go on.
+    """
     began = time.monotonic()
 
-    def report(done: int, task: Task, seconds: float) -> None:
+    def report(done: int, task: Task, work: Callable[[], float]) -> None:
+        try:
+            how = f"{work():.1f}s"
+        except FedalignError as error:
+            if not keep_going:
+                raise
+            how = f"[red]failed[/]: {escape(str(error))}"
         left = (time.monotonic() - began) / done * (len(tasks) - done)
         console.print(
-            f"[dim]{done:>3}/{len(tasks)}[/]  {task.arm}, seed {task.seed}: {seconds:.1f}s  "
+            f"[dim]{done:>3}/{len(tasks)}[/]  {escape(task.arm)}, seed {task.seed}: {how}  "
             f"[dim]~{left / 60:.1f} min left[/]"
         )
 
     if workers == 1:
         for done, task in enumerate(tasks, 1):
-            report(done, task, run_task(task))
+            report(done, task, partial(run_task, task))
         return
     # Spawned, not forked: a forked torch may hang in its thread pools.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {pool.submit(run_task, task): task for task in tasks}
         for done, future in enumerate(as_completed(waiting), 1):
-            report(done, waiting[future], future.result())
+            report(done, waiting[future], future.result)
 
 
 def run_task(task: Task) -> float:

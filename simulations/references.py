@@ -14,6 +14,7 @@ from fedalign.data.records import ClientData, Pair, SurveyItem
 from fedalign.errors import FedalignError
 from fedalign.ledger import Ledger, ReferenceRow
 from fedalign.metrics import attainable, fairness, pairwise
+from fedalign.metrics.alignment import UndefinedScore
 from fedalign.runfolder import LEDGER
 
 
@@ -26,7 +27,12 @@ def references(config: Config, clients: Sequence[ClientData]) -> list[ReferenceR
     items = [i for c in clients for i in c.test if isinstance(i, SurveyItem)]
     shares, ordinals = attainable.collect(items)
     rows = []
-    for name, answer in attainable.references(metric, shares, ordinals).items():
+    for name, solve in attainable.ANSWERERS.items():
+        try:
+            answer = solve(metric, shares, ordinals)
+        except UndefinedScore as error:
+            rows.append(ReferenceRow(name, "", None, note=str(error)))
+            continue
         found_only = name.startswith("optimum") and not answer.is_bound
         note = "a policy that was found, not a proven optimum" if found_only else ""
         rows += _rows(name, answer.group_scores, answer.scores, groups, note)
@@ -42,7 +48,9 @@ def add_references(folder: Path) -> None:
     with Ledger(folder / LEDGER) as ledger:
         config = from_flat(ledger.run()["config"])
         clients = tuple(usable_clients(config)[0].values())
-        ledger.put_references(references(config, clients))
+        # What training came to (``oracle``) is not computed here, and is kept.
+        others = [r for r in ledger.references() if r.name not in attainable.ANSWERERS]
+        ledger.put_references([*references(config, clients), *others])
 
 
 def _pair_references(clients: Sequence[ClientData], groups: Sequence[str]) -> list[ReferenceRow]:

@@ -27,6 +27,7 @@ from fedalign.data.describe import LITTLE_CONFLICT, describe
 from fedalign.data.records import BadRow, Dataset
 from fedalign.errors import ConfigError, ResumeError, RunFailed
 from fedalign.ledger import Ledger
+from fedalign.report.html import build_report
 from fedalign.runfolder import LEDGER, prepare
 from server.app import make_app
 from server.progress import Progress
@@ -65,6 +66,8 @@ def simulate(
     for warning in _doubtful(config, clients[0].form):
         progress.warn(warning)
     resolve_metric(config, clients[0].form)
+    if config.run.mode == "rewards" and clients[0].form != "survey":
+        raise ConfigError("run.mode = 'rewards' needs survey data: pairs have no answers to score.")
     config = prepare(config)
     folder = Path(config.run.out)
     data = dataset(config)
@@ -97,16 +100,29 @@ def simulate(
         if not outcomes:
             raise
         # The run finished and lost its option mass: the outcome says so, and has a report.
+    if config.run.mode == "rewards" and config.rewards.task != "shares":
+        from simulations.oracle import add_closed_form
+
+        progress.phase("optimum", "distance to the closed-form optimum")
+        add_closed_form(folder)
+        build_report(folder)
     return outcomes[0]
 
 
 def _doubtful(config: Config, form: str) -> list[str]:
     """Name settings that are meant for the pocket and surveys, and hurt elsewhere."""
     found = []
-    if config.model.name != "pocket" and config.local.learning_rate >= LARGE_RATE:
+    pretrained, rewards = config.model.name != "pocket", config.run.mode == "rewards"
+    if pretrained and not rewards and config.local.learning_rate >= LARGE_RATE:
         found.append(
             f"local.learning-rate = {config.local.learning_rate:g} is meant for the pocket and "
             "would ruin a pretrained model; 1e-4 is usual (and personal.learning-rate 5e-5)."
+        )
+    uses_ppo = rewards or config.local.objective == "ppo"
+    if pretrained and uses_ppo and config.ppo.learning_rate >= LARGE_RATE:
+        found.append(
+            f"ppo.learning-rate = {config.ppo.learning_rate:g} is meant for the pocket; 1e-5 is "
+            "usual for a pretrained model."
         )
     if form == "pairs" and config.local.reference == "none":
         found.append(

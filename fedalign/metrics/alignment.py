@@ -18,6 +18,8 @@ JSD = (KL(p || m) + KL(y || m)) / 2 and F the cumulative sums over options sorte
 the rejected one and the share q of voters who chose it; a policy that always sides with the
 majority of the voters reaches mean max(q, 1 - q), and no policy exceeds that.
 
+Scores of a printed order of the options (``borda``, ``kendall``, ``binary``) are in ``ranking``.
+
 Inputs are checked: a zero vector, a NaN, a wrong length is an error, never a score.
 ``wasserstein`` is undefined for a question without ordinals, or whose ordinals are all equal
 (nominal answers): :func:`score` raises :class:`UndefinedScore`, :func:`score_questions` returns
@@ -32,6 +34,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedalign.config_rules import SURVEY_METRICS
 from fedalign.errors import DataError
 
 Array = NDArray[np.float64]
@@ -43,6 +46,9 @@ SCORE_LOW: dict[str, float] = {
     "wasserstein": 0.0,
     "cosine": 0.0,
     "pair_accuracy": 0.0,
+    "borda": 0.0,
+    "kendall": 0.0,
+    "binary": 0.0,
 }
 """Lower end of each score's range; the upper end is 1 for all."""
 
@@ -60,7 +66,7 @@ def score(
     """Return the score of one answer distribution ``p`` (K,) for answers ``y`` (K,).
 
     Args:
-        metric: a survey metric of :data:`SCORE_LOW`.
+        metric: one of the first five in the table above.
         p: the policy's shares over the K options.
         y: the group's shares over the K options.
         ordinals: ordinal value of each option, for ``wasserstein``.
@@ -142,8 +148,7 @@ def kernel(metric: str, p: Array, y: Array, ordinals: Array | None = None) -> Ar
         order = np.broadcast_to(order, difference.shape)
         gaps = np.abs(np.cumsum(np.take_along_axis(difference, order, -1), -1)[..., :-1])
         return np.clip(1.0 - (gaps * steps).sum(-1) / steps.sum(-1), 0.0, 1.0)
-    known = ", ".join(m for m in SCORE_LOW if m != "pair_accuracy")
-    raise DataError(f"'{metric}' is not a survey score. Use one of {known}.")
+    raise DataError(f"'{metric}' is not a survey score. Use one of {', '.join(SURVEY_METRICS)}.")
 
 
 def jsd(p: Array, y: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What one shared answer distribution could score at best, when groups disagree.
+"""What one shared answer could score at best, when groups disagree.
 
 A model whose prompt does not name the group gives every group the same answer p_q to question q.
 Groups that disagree cannot all be served; a report that shows "0.84" must show what was possible.
@@ -18,34 +18,29 @@ How max_p sum_g w_g s(p, y_g) is solved for each score is in ``best_answer.py``.
 ``js_distance`` (both bases) that problem is not concave: the values are lower bounds on the
 optimum, nothing is certified, and ``is_bound`` is False.
 
+A model that prints shares in tenths answers with one of finitely many distributions, or a mixture
+of them, so the same values bound it from above where the score is concave in p.
+
+Scores of a printed *order* (``borda``, ``kendall``, ``binary``) have orders as answers, and
+mixtures of orders for the worst group: ``order_problem.py``.
+
 This needs every group's shares in one place, so only simulations have it; a server never does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedalign.config_rules import ORDER_METRICS
 from fedalign.data.records import SurveyItem
 from fedalign.errors import DataError
-from fedalign.metrics import alignment, fairness
-from fedalign.metrics.best_answer import (
-    cosine_answer,
-    median_answer,
-    minimise_distance,
-    minimise_jsd,
-    weighted_mean,
-)
-
-Array = NDArray[np.float64]
-Shares = Mapping[str, Mapping[str, Sequence[float]]]
-"""Question to group to shares over its options."""
-Ordinals = Mapping[str, Sequence[float] | None]
-"""Question to ordinal value of each option."""
+from fedalign.metrics.order_problem import OrderProblem
+from fedalign.metrics.share_problem import ShareProblem
+from fedalign.metrics.shared_answer import Array, Ordinals, SharedAnswer, Shares
 
 GAP = 1e-4
 """The worst-group search stops when its certified gap is below this."""
@@ -53,35 +48,52 @@ CUTS = 400
 """Most cutting planes; a larger gap than ``GAP`` is then reported as it is."""
 
 
-@dataclass(frozen=True)
-class SharedAnswer:
-    """One shared answer to every question, and how each group is served by it."""
+def uniform_answerer(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
+    """Return the answerer that gives every option the same share, or draws an order at random."""
+    return _problem(metric, shares, ordinals).uniform_answer()
 
-    scores: dict[str, dict[str, float]]
-    """Question to group to score, as the fairness index needs it."""
-    answers: dict[str, tuple[float, ...]]
-    """Question to shares over its options."""
-    is_bound: bool
-    """Whether no shared answer exceeds the value by more than ``gap``."""
-    gap: float | None
-    """Certified distance to the optimum of its objective, in units of the score; None if none."""
-    skipped: tuple[str, ...]
-    """Questions on which the score is undefined."""
 
-    @property
-    def group_scores(self) -> dict[str, float]:
-        """Group to mean score over the questions it answered."""
-        return fairness.group_means(self.scores)
+def mean_of_groups_answerer(
+    metric: str, shares: Shares, ordinals: Ordinals | None = None
+) -> SharedAnswer:
+    """Return the answerer that gives the mean of the groups' shares, or prints its order."""
+    return _problem(metric, shares, ordinals).mean_answer()
 
-    @property
-    def average(self) -> float:
-        """Mean over groups."""
-        return fairness.average(self.group_scores)
 
-    @property
-    def worst(self) -> float:
-        """Score of the worst-served group."""
-        return fairness.worst(self.group_scores)
+def optimum_average(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
+    """Return the shared answer with the largest mean over groups.
+
+    Args:
+        metric: a survey metric, or a score of an order.
+        shares: question to group to shares.
+        ordinals: question to ordinals, for ``wasserstein``; questions without are skipped.
+
+    Raises:
+        UndefinedScore: ``kendall`` with more options than can be searched.
+    """
+    if metric in ORDER_METRICS:
+        return _best_average(OrderProblem(metric, shares))
+    return _best_average(ShareProblem(metric, shares, ordinals))
+
+
+def optimum_worst(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
+    """Return the shared answer whose worst-served group is served best.
+
+    Arguments and errors as in :func:`optimum_average`.  For ``js_distance`` a good policy without
+    certificate.
+    """
+    if metric in ORDER_METRICS:
+        return _best_worst(OrderProblem(metric, shares))
+    return _best_worst(ShareProblem(metric, shares, ordinals))
+
+
+ANSWERERS: dict[str, Callable[[str, Shares, Ordinals | None], SharedAnswer]] = {
+    "uniform": uniform_answerer,
+    "mean_of_groups": mean_of_groups_answerer,
+    "optimum_average": optimum_average,
+    "optimum_worst": optimum_worst,
+}
+"""The four shared answers that a report shows beside measured values, by name."""
 
 
 def references(
@@ -94,76 +106,9 @@ def references(
 
     Raises:
         DataError: bad shares, or no question on which the score is defined.
+        UndefinedScore: an optimum cannot be had for this score.
     """
-    return {
-        "uniform": uniform_answerer(metric, shares, ordinals),
-        "mean_of_groups": mean_of_groups_answerer(metric, shares, ordinals),
-        "optimum_average": optimum_average(metric, shares, ordinals),
-        "optimum_worst": optimum_worst(metric, shares, ordinals),
-    }
-
-
-def uniform_answerer(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
-    """Return the answerer that gives every option the same share."""
-    problem = _Problem(metric, shares, ordinals)
-    p = problem.options / problem.options.sum(1, keepdims=True)
-    return problem.answer(p, is_bound=False, gap=None)
-
-
-def mean_of_groups_answerer(
-    metric: str, shares: Shares, ordinals: Ordinals | None = None
-) -> SharedAnswer:
-    """Return the answerer that gives, on each question, the mean of the shares of its groups."""
-    problem = _Problem(metric, shares, ordinals)
-    return problem.answer(weighted_mean(problem.y, problem.answered), is_bound=False, gap=None)
-
-
-def optimum_average(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
-    """Return the shared answer with the largest mean over groups.
-
-    Args:
-        metric: a survey metric.
-        shares: question to group to shares.
-        ordinals: question to ordinals, for ``wasserstein``; questions without are skipped.
-    """
-    problem = _Problem(metric, shares, ordinals)
-    equal = np.full(len(problem.groups), 1.0 / len(problem.groups))
-    p, slack = problem.best_response(equal, thorough=True)
-    return problem.answer(p, is_bound=slack is not None, gap=slack)
-
-
-def optimum_worst(metric: str, shares: Shares, ordinals: Ordinals | None = None) -> SharedAnswer:
-    """Return the shared answer whose worst-served group is served best.
-
-    Arguments as in :func:`optimum_average`.  For ``js_distance`` a good policy without certificate.
-    """
-    problem = _Problem(metric, shares, ordinals)
-    n = len(problem.groups)
-    # Without a certificate nothing says when to stop, and the inner search is slower.
-    cuts = CUTS if problem.concave else 40
-    policies: list[Array] = []
-    served: list[Array] = []  # (groups,) each
-    best, best_value, bound = np.empty(0), -math.inf, math.inf
-    centre, weights = np.full(n, 1.0 / n), np.full(n, 1.0 / n)
-    for _ in range(cuts):
-        p, slack = problem.best_response(weights, thorough=not policies)
-        policies.append(p)
-        served.append(problem.served(p))
-        upper = float(weights @ served[-1]) + (slack or 0.0)
-        if upper < bound:
-            bound, centre = upper, weights
-        target, mixture = _master(np.array(served))
-        mixed = problem.mix(policies, mixture)
-        for candidate, means in ((mixed, problem.served(mixed)), (p, served[-1])):
-            if float(means.min()) > best_value:
-                best, best_value = candidate, float(means.min())
-        if bound - best_value < GAP and problem.concave:
-            break
-        weights = 0.5 * centre + 0.5 * target
-        if np.abs(target - centre).max() < 1e-12:
-            break
-    gap = max(0.0, bound - best_value) if problem.concave else None
-    return problem.answer(best, is_bound=problem.concave, gap=gap)
+    return {name: solve(metric, shares, ordinals) for name, solve in ANSWERERS.items()}
 
 
 def attained(measured: float, base: float, optimum: float) -> float | None:
@@ -201,100 +146,61 @@ def collect(
     return shares, ordinals
 
 
-class _Problem:
-    """All questions on which the score is defined, padded to one number of options."""
+def _problem(metric: str, shares: Shares, ordinals: Ordinals | None) -> OrderProblem | ShareProblem:
+    if metric in ORDER_METRICS:
+        return OrderProblem(metric, shares)
+    return ShareProblem(metric, shares, ordinals)
 
-    def __init__(self, metric: str, shares: Shares, ordinals: Ordinals | None) -> None:
-        given = ordinals or {}
-        self.metric = metric
-        self.concave = not metric.startswith("js_distance")
-        self.questions = [
-            q for q in sorted(shares) if shares[q] and alignment.is_defined(metric, given.get(q))
-        ]
-        self.skipped = tuple(sorted(set(shares) - set(self.questions)))
-        if not self.questions:
-            raise DataError(
-                f"no question has a score '{metric}' ({len(shares)} questions given); "
-                "wasserstein needs ordinals that differ."
-            )
-        self.groups = sorted({g for q in self.questions for g in shares[q]})
-        self.width = [len(next(iter(shares[q].values()))) for q in self.questions]
-        size = (len(self.questions), len(self.groups), max(self.width))
-        self.options = np.zeros((size[0], size[2]))
-        """(questions, options), 1 where the option exists."""
-        self.answered = np.zeros(size[:2])
-        """(questions, groups), 1 where the group answered."""
-        self.y = np.zeros(size)
-        """(questions, groups, options); uniform where the group did not answer."""
-        self.ordinals: Array | None = (
-            np.zeros(self.options.shape) if metric == "wasserstein" else None
-        )
-        position = {g: j for j, g in enumerate(self.groups)}
-        for i, (q, k) in enumerate(zip(self.questions, self.width, strict=True)):
-            self.options[i, :k] = 1.0
-            self.y[i, :, :k] = 1.0 / k
-            for g, y in shares[q].items():
-                j = position[g]
-                if len(y) != k:
-                    raise DataError(f"question '{q}': group '{g}' has {len(y)} shares, not {k}.")
-                self.y[i, j, :k] = alignment.distribution(y, f"question '{q}': group '{g}'")
-                self.answered[i, j] = 1.0
-            o = given.get(q)
-            if self.ordinals is not None and o is not None:
-                self.ordinals[i] = alignment.pad_ordinals(o, k, size[2])
-        self.per_group = self.answered / self.answered.sum(0)  # (questions, groups): 1 / n_g
 
-    def scores(self, p: Array) -> Array:
-        """Return (questions, groups) for answers p (questions, options)."""
-        o = None if self.ordinals is None else self.ordinals[:, None, :]
-        return alignment.kernel(self.metric, p[:, None, :], self.y, o)
+Policy = TypeVar("Policy")
 
-    def served(self, p: Array) -> Array:
-        """Return AS_g (groups,)."""
-        return np.asarray((self.per_group * self.scores(p)).sum(0), dtype=np.float64)
 
-    def best_response(self, weights: Array, thorough: bool) -> tuple[Array, float | None]:
-        """Return the answers that maximise sum_g l_g AS_g, and a certified slack or None."""
-        w = self.per_group * weights  # (questions, groups)
-        idle = w.sum(1) <= 0  # no weight on any group that answered: any answer will do
-        w = np.where(idle[:, None], self.answered, w)
-        scale = w.sum(1)
-        w = w / scale[:, None]
-        if self.metric == "cosine":
-            return cosine_answer(self.y, w), 0.0
-        if self.ordinals is not None:
-            return median_answer(self.y, w, self.ordinals), 0.0
-        p, gap = minimise_jsd(self.y, w)
-        if self.metric == "js_divergence":
-            return p, float(np.where(idle, 0.0, scale * gap).sum())
-        return minimise_distance(self.y, w, p, thorough), None
+class _Problem(Protocol[Policy]):
+    """What the two searches need: one answer to every question is a policy."""
 
-    def mix(self, policies: Sequence[Array], mixture: Array) -> Array:
-        """Return the mixture of answers; for ``cosine`` of their unit vectors."""
-        total = np.zeros_like(self.options)
-        for share, p in zip(mixture, policies, strict=True):
-            if share > 0:
-                unit = np.linalg.norm(p, axis=1, keepdims=True) if self.metric == "cosine" else 1.0
-                total += share * p / unit
-        return total / total.sum(1, keepdims=True)
+    groups: list[str]
+    concave: bool
 
-    def answer(self, p: Array, *, is_bound: bool, gap: float | None) -> SharedAnswer:
-        scores = self.scores(p)
-        return SharedAnswer(
-            scores={
-                q: {
-                    g: float(scores[i, j]) for j, g in enumerate(self.groups) if self.answered[i, j]
-                }
-                for i, q in enumerate(self.questions)
-            },
-            answers={
-                q: tuple(p[i, :k].tolist())
-                for i, (q, k) in enumerate(zip(self.questions, self.width, strict=True))
-            },
-            is_bound=is_bound,
-            gap=gap,
-            skipped=self.skipped,
-        )
+    def best_response(self, weights: Array, thorough: bool) -> tuple[Policy, float | None]: ...
+    def served(self, p: Policy) -> Array: ...
+    def mix(self, policies: Sequence[Policy], mixture: Array) -> Policy: ...
+    def answer(self, p: Policy, *, is_bound: bool, gap: float | None) -> SharedAnswer: ...
+
+
+def _best_average(problem: _Problem[Policy]) -> SharedAnswer:
+    equal = np.full(len(problem.groups), 1.0 / len(problem.groups))
+    p, slack = problem.best_response(equal, thorough=True)
+    return problem.answer(p, is_bound=slack is not None, gap=slack)
+
+
+def _best_worst(problem: _Problem[Policy]) -> SharedAnswer:
+    """Cutting planes on the upper bound U(l), from the top of this file."""
+    n = len(problem.groups)
+    # Without a certificate nothing says when to stop, and the inner search is slower.
+    cuts = CUTS if problem.concave else 40
+    policies: list[Policy] = []
+    served: list[Array] = []  # (groups,) each
+    best_value, bound = -math.inf, math.inf
+    centre, weights = np.full(n, 1.0 / n), np.full(n, 1.0 / n)
+    for _ in range(cuts):
+        p, slack = problem.best_response(weights, thorough=not policies)
+        policies.append(p)
+        served.append(problem.served(p))
+        upper = float(weights @ served[-1]) + (slack or 0.0)
+        if upper < bound:
+            bound, centre = upper, weights
+        target, mixture = _master(np.array(served))
+        mixed = problem.mix(policies, mixture)
+        for candidate, means in ((mixed, problem.served(mixed)), (p, served[-1])):
+            if float(means.min()) > best_value:
+                best, best_value = candidate, float(means.min())
+        if bound - best_value < GAP and problem.concave:
+            break
+        weights = 0.5 * centre + 0.5 * target
+        if np.abs(target - centre).max() < 1e-12:
+            break
+    gap = max(0.0, bound - best_value) if problem.concave else None
+    return problem.answer(best, is_bound=problem.concave, gap=gap)
 
 
 def _master(served: Array) -> tuple[Array, Array]:

@@ -33,6 +33,29 @@ SHOWN_SETTINGS = (
     "weights.ceiling",
     "aggregation.method",
 )
+SHOWN_POLICY_SETTINGS = (
+    "run.seed",
+    "run.rounds",
+    "rewards.task",
+    "rewards.score",
+    "rewards.rule",
+    "rewards.fairness-threshold",
+    "rewards.reference-correction",
+    "site.answers",
+    "ppo.kl",
+    "ppo.kl-target",
+    "ppo.questions",
+    "ppo.samples",
+    "ppo.minibatches",
+    "ppo.epochs",
+    "ppo.learning-rate",
+    "model.rank",
+    "model.alpha",
+    "weights.temperature",
+    "weights.decay",
+    "weights.floor",
+    "weights.ceiling",
+)
 
 
 def model_card(ledger: Ledger) -> str:
@@ -86,9 +109,18 @@ def _opening(facts: Facts) -> str:
     revision = facts.manifest.get("base_revision", "")
     base = _plain(_base(facts)) + (f", revision `{revision[:16]}`" if revision else "")
     return (
-        f"Base model: {base}. Data: {_plain(data_text(facts))}. {len(facts.rounds)} rounds over "
-        f"{sum(facts.clients.values())} clients; their preferences never left them. Score: "
+        f"Base model: {base}. Data: {_plain(data_text(facts))}. {_how(facts)} Score: "
         f"`{facts.metric}`, higher is better."
+    )
+
+
+def _how(facts: Facts) -> str:
+    rounds, clients = len(facts.rounds), sum(facts.clients.values())
+    if facts.policy is None:
+        return f"{rounds} rounds over {clients} clients; their preferences never left them."
+    return (
+        f"PPO on the server, {rounds} exchanges of sampled texts for rewards with {clients} "
+        "clients; their answers never left them, what they gave each text did."
     )
 
 
@@ -127,13 +159,14 @@ def _summary_lines(facts: Facts, summary: Mapping[str, Any]) -> str:
     for name in names:
         values = [summary.get(f"{s}/{name}") for s in stages]
         shown = ["–" if v is None else f"{v:.4f}" for v in values]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        label = facts.mass_name.replace(" ", "_") if name == "option_mass" else name
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def _settings(facts: Facts) -> str:
     lines = ["| setting | value |", "|---|---|"]
-    for key in SHOWN_SETTINGS:
+    for key in SHOWN_SETTINGS if facts.policy is None else SHOWN_POLICY_SETTINGS:
         value = str(facts.setting(key, "–"))
         value = public_base_name(value) if key == "local.reference" else value
         lines.append(f"| `{key}` | {_plain(value)} |")

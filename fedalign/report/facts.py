@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalign.ledger import ClientRow, EventRow, Ledger, ReplyRow, ScoreRow
+from fedalign.report.policy import PolicyFacts, gather_policy
 
 STAGES = ("base", "shared", "personal", "local_only", "local_only_total")
 REFERENCES = ("uniform", "mean_of_groups", "optimum_average", "optimum_worst")
@@ -67,8 +68,9 @@ class Facts:
     rounds: tuple[int, ...]
     """Training rounds that count."""
     weights: Series
+    """Mode ``rewards``: share of the group in the gradient of the combined reward."""
     validation: Series
-    """Score of the adapter received in each round."""
+    """Score of the adapter received in each round; mode ``rewards``: mean reward of its texts."""
     loss: Series
     discarded: Mapping[str, tuple[float, float]]
     """Group to (mean, largest) share of its update (Frobenius norm) that the truncation to rank r
@@ -77,11 +79,20 @@ class Facts:
     failed_replies: tuple[ReplyRow, ...]
     """Replies that were not usable, of attempts that count and of those that do not."""
     seconds: Mapping[str, float]
+    policy: PolicyFacts | None = None
+    """Only in mode ``rewards``."""
 
     @property
     def metric(self) -> str:
         """Name of the score."""
         return str(self.run.get("metric", "score"))
+
+    @property
+    def mass_name(self) -> str:
+        """Return what ``option_mass`` is called: sampled texts are well formed or not."""
+        return (
+            "option mass" if self.setting("rewards.task", "letter") == "letter" else "format rate"
+        )
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -114,11 +125,13 @@ def gather(ledger: Ledger) -> Facts:
     for d in ledger.discarded():
         if d.group:  # the empty group is the whole sum
             removed[d.group].append(d.share)
+    run = ledger.run()
+    policy = gather_policy(ledger, run.get("config", {}))
     seconds: dict[str, float] = defaultdict(float)
     for t in ledger.timings():
         seconds[t.name] += t.seconds
     return Facts(
-        run=ledger.run(),
+        run=run,
         groups=groups,
         sizes=_total(clients, "size", groups),
         clients={g: sum(c.group == g for c in clients) for g in groups},
@@ -133,6 +146,10 @@ def gather(ledger: Ledger) -> Facts:
                 (s.group, s.round, s.score, float(s.n))
                 for s in ledger.scores("received", "validation")
                 if s.score is not None
+            )
+            if policy is None
+            else (
+                (w.group, w.round, w.score, 1.0) for w in ledger.weights() if w.score is not None
             ),
         ),
         loss=_over_rounds(
@@ -147,6 +164,7 @@ def gather(ledger: Ledger) -> Facts:
         events=tuple(ledger.events()),
         failed_replies=tuple(sorted(failed, key=lambda r: (r.round, r.attempt, r.client))),
         seconds=dict(sorted(seconds.items())),
+        policy=policy,
     )
 
 

@@ -11,48 +11,24 @@ from typing import Any
 from fedalign.export import public_base_name
 from fedalign.ledger import Ledger
 from fedalign.metrics.alignment import SCORE_LOW
-from fedalign.report import plots, tables
+from fedalign.report import plots, policy, tables
 from fedalign.report.facts import Facts, gather
 from fedalign.report.summary import summarise_facts, write_summary, write_text
 from fedalign.report.template import PAGE, STYLE
 from fedalign.report.verdict import judge, signed
+from fedalign.report.wording import (
+    READING,
+    REWARD_READING,
+    REWARD_WORDS,
+    SAMPLED,
+    SCORE_TEXTS,
+    WORDS,
+)
 from fedalign.runfolder import LEDGER, REPORT, SUMMARY
 
 HIGHLIGHTED = 8
 """Lines that get a colour and a label; more would not be told apart."""
 SHOWN_EVENTS = 60
-SCORE_TEXTS = {
-    "js_divergence": "1 − Jensen-Shannon divergence (base 2) of the model's and the group's answer "
-    "shares, mean over questions; from 0 to 1, higher is better.",
-    "js_distance": "1 − Jensen-Shannon distance (root, natural log), mean over questions; from "
-    "0.167 to 1, higher is better.",
-    "js_distance_base2": "1 − Jensen-Shannon distance (root, base 2), mean over questions; from 0 "
-    "to 1, higher is better.",
-    "wasserstein": "1 − Wasserstein distance over the ordered options, as a share of the largest; "
-    "mean over questions, from 0 to 1, higher is better.",
-    "cosine": "cosine of the model's and the group's answer shares, mean over questions; from 0 to "
-    "1, higher is better.",
-    "pair_accuracy": "share of the group's votes that agree with the response the model prefers; "
-    "from 0 to 1, higher is better.",
-}
-READING = (
-    "A group's score says how close the answers of the one shared model are to what that group "
-    "answers. Groups that disagree cannot all reach 1: the best single answer shows how far one "
-    "shared model could go.",
-    "The worst group is a minimum of noisy numbers, so it is biased down, and the gap is biased "
-    "up. Look at the interval, and never compare the worst group of few questions with that of "
-    "many.",
-    "The fairness index and the Jain index ignore quality: a model that serves everybody equally "
-    "badly gets 1. Read them beside the average, the worst group and the uniform answerer.",
-    "Option mass is the probability that the model answers with one of the options at all. Below "
-    "the threshold of the run the scores mean nothing, and the run counts as failed.",
-    "The personal adapter took extra local steps that never left the client. Local only is an "
-    "adapter trained on the client's own data alone: with as many steps as the personal phase, "
-    "and with as many as the client took in the whole run.",
-    "Intervals come from resampling questions. They do not cover another seed, another split or "
-    "another draw of clients; compare several seeds before you claim a difference.",
-    "Scores and sizes are what clients report about themselves.",
-)
 
 
 def build_report(run_folder: Path) -> Path:
@@ -76,6 +52,7 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     low = SCORE_LOW.get(facts.metric, 0.0)
+    config = facts.run.get("config", {})
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
     )
@@ -93,7 +70,13 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
     columns = ["base", "shared", "change"]
     columns += ["personal"] if has_personal else []
     columns += [tables.STAGE_NAMES[n] for n in others]
-    columns += ["uniform answerer", "best single answer", "option mass", "claimed size", "clients"]
+    columns += [
+        "uniform answerer",
+        "best single answer",
+        facts.mass_name,
+        "claimed size",
+        "clients",
+    ]
     return environment.from_string(PAGE).render(
         style=Markup(STYLE),
         title=_title(facts),
@@ -110,6 +93,11 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
         score_text=f"Score: {_score_text(facts)}",
         score_low=low,
         columns=[*columns, "test questions"],
+        words=WORDS if facts.policy is None else REWARD_WORDS,
+        policy_rows=policy.training_rows(facts.policy, config) if facts.policy else (),
+        closed_rows=policy.closed_rows(facts.policy) if facts.policy else (),
+        closed_note=facts.policy.closed_note if facts.policy else "",
+        threshold=_threshold(facts) is not None,
         rows=tables.group_rows(facts, summary, others),
         others=max(0, len(facts.groups) - len(_highlight(facts))),
         loss_note="",
@@ -119,8 +107,8 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
         failures=tables.failure_rows(facts),
         events=facts.events[-SHOWN_EVENTS:],
         event_count=len(facts.events),
-        reading=READING,
-        settings=[(k, _public(k, v)) for k, v in facts.run.get("config", {}).items()],
+        reading=READING if facts.policy is None else REWARD_READING,
+        settings=[(k, _public(k, v)) for k, v in config.items()],
         seconds=[(k, f"{v:.1f} s") for k, v in facts.seconds.items()],
         **drawings,
     )  # fmt: skip
@@ -133,7 +121,7 @@ def _title(facts: Facts) -> str:
 def _subtitle(facts: Facts) -> str:
     parts = [
         f"{len(facts.groups)} groups, {sum(facts.clients.values())} clients",
-        f"{len(facts.rounds)} of {facts.setting('run.rounds', '?')} rounds",
+        f"{len(facts.rounds)} of {facts.setting('run.rounds', '?')} {_time(facts)}s",
         f"seed {facts.setting('run.seed', '?')}",
     ]
     if facts.run.get("started"):
@@ -149,6 +137,19 @@ def _what_run(facts: Facts) -> list[tuple[str, str]]:
     adapter = f"LoRA rank {s('model.rank', '?')}, alpha {s('model.alpha', '?')}"
     if layout := facts.manifest.get("layout"):
         adapter += f", {sum(math.prod(shape) for _, shape in layout):,} parameters"
+    if facts.policy is not None:
+        return [
+            ("Data", data_text(facts)),
+            ("Model", model),
+            ("Adapter", adapter),
+            (
+                "Mode",
+                "rewards: the server trains one policy with PPO on what groups give its texts",
+            ),
+            ("Rule", policy.rule_text(facts.policy, facts.run.get("config", {}))),
+            ("Rewards from", f"{s('site.answers', '?')}"),
+            ("Score", f"{facts.metric}: {_score_text(facts)}"),
+        ]
     rule = f"{s('weights.rule', '?')}"
     if s("weights.rule") in ("adaptive", "placebo"):
         rule += f", temperature {s('weights.temperature'):g}"
@@ -192,13 +193,26 @@ def data_text(facts: Facts) -> str:
 
 
 def _score_text(facts: Facts) -> str:
-    return SCORE_TEXTS.get(facts.metric, "higher is better.")
+    text = SCORE_TEXTS.get(facts.metric, "higher is better.")
+    return text if facts.mass_name == "option mass" else text + SAMPLED
+
+
+def _time(facts: Facts) -> str:
+    return "round" if facts.policy is None else "exchange"
+
+
+def _threshold(facts: Facts) -> float | None:
+    """Return where the rule switches, if it does and the axis reaches it."""
+    if facts.policy is None or facts.policy.rule not in policy.SWITCHED:
+        return None
+    value = float(facts.setting("rewards.fairness-threshold", 1.0))
+    return value if value <= 1 else None
 
 
 def _public(key: str, value: Any) -> str:
     """Return a setting as text; of a path only its last component, so that nothing leaks."""
     text = str(value)
-    if key in ("data.path", "run.out", "model.name", "local.reference"):
+    if key in ("data.path", "run.out", "model.name", "local.reference", "rewards.prompts"):
         return text if text in ("", "pocket") else public_base_name(text)
     return text
 
@@ -238,24 +252,57 @@ def _highlight(facts: Facts) -> list[str]:
     return sorted({*worst, *heaviest})
 
 
+def _policy_drawings(
+    facts: Facts, trained: policy.PolicyFacts, rounds: list[int]
+) -> dict[str, plots.Drawing | None]:
+    made: dict[str, plots.Drawing | None] = {}
+    curves = trained.curves
+    kl = curves.get("sampled-kl") or curves.get("kl")
+    if kl:
+        target = float(facts.setting("ppo.kl-target", 0.0))
+        made["kl"] = plots.lines(
+            {"KL": kl}, rounds, ["KL"], "nats a text", zero=min(kl.values()) >= 0, time="exchange",
+            level=(target, "target") if target else None,
+        )  # fmt: skip
+    quality = {
+        label: curves[name]
+        for name, label in (("format-rate", "well-formed texts"), ("fairness-index", "fairness"))
+        if curves.get(name)
+    }
+    if quality:
+        threshold = _threshold(facts)
+        made["quality"] = plots.lines(
+            quality, rounds, list(quality), "share of texts; index (higher is better)",
+            level=None if threshold is None else (threshold, "threshold"), time="exchange",
+        )  # fmt: skip
+    return made
+
+
 def _drawings(facts: Facts, summary: Mapping[str, Any]) -> dict[str, plots.Drawing | None]:
     score = facts.metric
     highlight, n = _highlight(facts), len(facts.groups)
     made: dict[str, plots.Drawing | None] = dict.fromkeys(
-        ("dumbbells", "weights", "validation", "loss")
+        ("dumbbells", "weights", "validation", "kl", "quality", "loss")
     )
     rows, _ = _dumbbell_rows(facts)
     if rows:
         made["dumbbells"], _ = plots.dumbbells(rows, f"{score} on test (higher is better)")
-    rounds = list(facts.rounds)
+    rounds, time = list(facts.rounds), _time(facts)
     if any(facts.weights.values()):
+        axis = "group weight" if facts.policy is None else "influence"
         made["weights"] = plots.lines(
-            facts.weights, rounds, highlight, "group weight (sum over groups is 1)",
-            level=(1 / n, f"equal, 1/{n}"), zero=True,
+            facts.weights, rounds, highlight, f"{axis} (sum over groups is 1)",
+            level=(1 / n, f"equal, 1/{n}"), zero=True, time=time,
         )  # fmt: skip
     if any(facts.validation.values()):
         axis = f"{score} on validation (higher is better)"
-        made["validation"] = plots.lines(facts.validation, rounds, highlight, axis, mean=n > 1)
+        if facts.policy is not None:
+            axis = f"mean reward of sampled texts ({facts.policy.reward}, 0 to 1)"
+        made["validation"] = plots.lines(
+            facts.validation, rounds, highlight, axis, mean=n > 1, time=time
+        )
+    if facts.policy is not None:
+        made |= _policy_drawings(facts, facts.policy, rounds)
     if any(facts.loss.values()):
         axis = "training loss (lower is better)"
         made["loss"] = plots.lines(facts.loss, rounds, highlight, axis, mean=n > 1)

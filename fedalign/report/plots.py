@@ -144,11 +144,12 @@ def lines(
     level: tuple[float, str] | None = None,
     mean: bool = False,
     zero: bool = False,
+    time: str = "round",
 ) -> Drawing:
     """Draw one line a group over rounds; ``highlight`` groups are coloured and labelled.
 
-    ``level`` is a horizontal line and its label; ``mean`` adds the mean over groups; a round in
-    which a group has no value breaks its line.
+    ``level`` is a horizontal line and its label; ``mean`` adds the mean over groups; ``time``
+    names a round; a round in which a group has no value breaks its line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -185,7 +186,7 @@ def lines(
         axes.xaxis.set_major_locator(MaxNLocator(6 if width == NARROW else 12, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", color=RULE, linewidth=1)
-        axes.set_xlabel("round", color=MUTED)
+        axes.set_xlabel(time, color=MUTED)
         axes.set_title(axis, loc="left", color=MUTED, fontsize=12, pad=10, x=0)
         _label_ends(axes, labels, 15 if width == NARROW else 24)
 

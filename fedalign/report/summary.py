@@ -24,6 +24,7 @@ from fedalign.errors import FedalignError
 from fedalign.ledger import Ledger
 from fedalign.metrics import fairness, intervals
 from fedalign.report.facts import REFERENCES, STAGES, Facts, StageFacts, gather
+from fedalign.report.policy import put_summary
 
 LEAST_QUESTIONS = 5
 """Fewer questions than this get no interval."""
@@ -66,6 +67,8 @@ def summarise_facts(facts: Facts) -> dict[str, Any]:
             values = list(facts.weights[group].values())
             out.put(f"weights/{group}/mean", sum(values) / len(values))
             out.put(f"weights/{group}/last", facts.weights[group][max(facts.weights[group])])
+    if facts.policy is not None:
+        put_summary(facts.policy, out.put)
     out.put("rounds/completed", len(facts.rounds))
     _status(out, facts)
     return dict(out)
@@ -203,9 +206,10 @@ def _status(out: _Numbers, facts: Facts) -> None:
     mass = out.get("shared/option_mass")
     if status != "running" and mass is not None and mass < least:
         status = "failed"
-        reason = (
-            f"option mass {mass:.3f} is below {least:g}; the model no longer answers with one of "
-            "the options, so its scores mean nothing"
+        reason = f"{facts.mass_name} {mass:.3f} is below {least:g}; " + (
+            "the model no longer answers with one of the options, so its scores mean nothing"
+            if facts.mass_name == "option mass"
+            else "too many of its texts are no answer, so its scores mean little"
         )
     out.put("run/status", status)
     if reason:

@@ -70,7 +70,7 @@ def cards(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     least = facts.setting("score.min-option-mass", 0.9)
     pairs = facts.run.get("form") == "pairs"
     lines = ["pair data have no options"] if pairs else [f"must stay above {least:g}"]
-    cards.append(_card("Option mass", mass[0], mass[1], lines, digits=2))
+    cards.append(_card(facts.mass_name.capitalize(), mass[0], mass[1], lines, digits=2))
     return cards
 
 
@@ -154,6 +154,7 @@ def fairness_rows(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, An
                 interval = f"{low:.{digits}f} to {summary[f'{prefix}/{key}/high']:.{digits}f}"
             text = "–" if value is None else f"{value:.{digits}f}"
             cells.append({"text": text, "interval": interval})
+        name = facts.mass_name if key == "option_mass" else name
         rows.append({"name": name, "better": f"{better} is better", "cells": cells})
     return rows
 

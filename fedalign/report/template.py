@@ -165,17 +165,43 @@ small print the 95% interval.
 <td>{{ row.size }}</td><td>{{ row.clients }}</td><td>{{ row.questions }}</td></tr>
 {% endfor %}</tbody></table></div>
 
+{% if policy_rows %}
+<h2>How the policy was trained</h2>
+<div class="scroll"><table><tbody>
+{% for name, text in policy_rows %}<tr><th>{{ name }}</th><td class="wrap">{{ text }}</td></tr>
+{% endfor %}</tbody></table></div>
+<h2>Distance to the closed-form optimum</h2>
+{% if closed_rows %}<p>Reward minus KL has a known optimum: the base times exp(reward / KL
+coefficient), over all answers to a question. On test questions, with the rule's last weights:</p>
+<div class="scroll"><table><tbody>
+{% for name, text in closed_rows %}<tr><th>{{ name }}</th><td>{{ text }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% else %}<p>Not defined here{% if closed_note %}: {{ closed_note }}{% else %}: it needs the answers
+of all groups in one place, and a task with few possible answers{% endif %}.</p>{% endif %}
+{% endif %}
 {% if weights %}
-<h2>Weights over rounds</h2>
-<p>How much each group counted in the aggregate. A broken line is a group that was absent.
+<h2>{{ words.weights }}</h2>
+<p>{{ words.weights_text }}
 {% if others %}Lines without a label are the other {{ others }} groups.{% endif %}</p>
 <figure>{{ drawing(weights) }}</figure>
 {% endif %}
 {% if validation %}
-<h2>Validation score over rounds</h2>
-<p>Score of the adapter a group received, before it trained on it. The weight rule and early stop
-see this and nothing else. The thick line is the mean over the groups seen in a round.</p>
+<h2>{{ words.validation }}</h2>
+<p>{{ words.validation_text }}</p>
 <figure>{{ drawing(validation) }}</figure>
+{% endif %}
+{% if kl %}
+<h2>KL from the base over exchanges</h2>
+<p>Nats a text, on the texts of the exchange before its updates. Where a rule changes the scale of
+the reward, the policy moves along this axis without favouring anybody.</p>
+<figure>{{ drawing(kl) }}</figure>
+{% endif %}
+{% if quality %}
+<h2>Well-formed texts and fairness over exchanges</h2>
+<p>Share of the sampled texts that are an answer at all, and the fairness index of the groups'
+rewards on them{% if threshold %}; below the dashed line the rule takes its adaptive
+branch{% endif %}.</p>
+<figure>{{ drawing(quality) }}</figure>
 {% endif %}
 {% if loss %}
 <h2>Training loss over rounds</h2>

@@ -35,7 +35,7 @@ def judge(facts: Facts, summary: Mapping[str, Any]) -> Verdict:
     if status == "failed":
         title = f"Failed: {reason}." if reason else "Failed."
         # Gains of a model that no longer answers would be read as gains.
-        shown = [] if reason.startswith("option mass") else sentences
+        shown = [] if reason.startswith(facts.mass_name) else sentences
         return Verdict("failed", title, (*shown, *warnings))
     if status != "completed":
         done, all_rounds = summary["rounds/completed"], facts.setting("run.rounds", "?")
@@ -169,7 +169,8 @@ def _group_mass(facts: Facts) -> list[str]:
     if not low:
         return []
     names = _names([f"{g} ({m:.2f})" for g, m in sorted(low.items(), key=lambda x: x[1])])
-    return [f"Option mass is below {least:g} for {names}: there the model often does not answer."]
+    name = facts.mass_name.capitalize()
+    return [f"{name} is below {least:g} for {names}: there the model often does not answer."]
 
 
 def signed(value: float) -> str:

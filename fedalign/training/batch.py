@@ -88,6 +88,12 @@ def collate(prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> Ba
     )
 
 
+def row_tokens(prompts: Sequence[Prompt]) -> int:
+    """Return the tokens, without padding, that one forward pass over the prompts computes."""
+    rows = {p.tokens + c[:-1] for p in prompts for c in p.completions}
+    return sum(map(len, rows))
+
+
 def completion_logps(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the summed log-probability of each completion: (C,) float32, nats, at most 0."""
     logps = torch.log_softmax(logits_at(network, batch), dim=-1, dtype=torch.float32)
@@ -100,13 +106,23 @@ def completion_logps(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the model's logits at the scored positions: (S, vocabulary), in the model's dtype.
 
-    Raises ``ConfigError`` for an architecture that does not compute its logits with its output
-    embedding module.
+    Raises ``ConfigError`` as :func:`hidden_and_logits` does.
     """
+    return hidden_and_logits(network, batch)[1]
+
+
+def hidden_and_logits(network: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what enters the output head, and the logits, at the scored positions.
+
+    (S, width) and (S, vocabulary), both in the model's dtype.  Raises ``ConfigError`` for an
+    architecture that does not compute its logits with its output embedding module.
+    """
+    kept: list[torch.Tensor] = []
 
     def only_scored(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]  # (R, T, width)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+        kept.append(picked)
         return (picked.unsqueeze(0), *args[1:])
 
     handle = output_head(network).register_forward_pre_hook(only_scored)
@@ -120,7 +136,7 @@ def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
             "module and cannot be used here. Use another architecture."
         )
     scored: torch.Tensor = logits[0]
-    return scored
+    return kept[0], scored
 
 
 def output_head(network: PreTrainedModel) -> torch.nn.Linear:

@@ -26,7 +26,7 @@ from fedalign.errors import ConfigError, WireError
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
 from fedalign.randomness import Key, generator
-from fedalign.training.batch import collate, completion_logps, in_passes, output_head
+from fedalign.training.batch import collate, completion_logps, in_passes, output_head, row_tokens
 from fedalign.training.dpo import differences, metrics, pair_losses
 from fedalign.training.examples import TrainingSet
 
@@ -58,7 +58,8 @@ class TrainResult:
     """(P,) float32; None when the job failed."""
     metrics: dict[str, float]
     """``loss``, ``margin``, ``chosen_logp``, ``grad_norm``: means over steps; ``loss_first``,
-    ``loss_last``; ``accuracy`` where a pair has a preferred side."""
+    ``loss_last``; ``accuracy`` where a pair has a preferred side; ``tokens``, the sum of those that
+    the steps computed.  Other objectives have metrics of their own."""
     steps: int
     """Optimiser steps taken."""
     failure: str = ""
@@ -170,6 +171,7 @@ def _train_one(
         raise RuntimeError("frozen factors changed in training; this is a defect of the loop")
     summary = {name: float(np.mean(series)) for name, series in history.items()}
     summary |= {"loss_first": history["loss"][0], "loss_last": history["loss"][-1]}
+    summary["tokens"] = sum(history["tokens"])
     return TrainResult(job.client, adapter, summary, done, snapshots=snapshots)
 
 
@@ -184,7 +186,7 @@ def _accumulate(
     prompts = [job.data.prompts[k] for k in chosen]
     pairs = sum(len(job.data.labels[k]) for k in chosen)
     vocabulary = output_head(resident.network).weight.shape[0]
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = {"tokens": float(row_tokens(prompts))}
     for part in in_passes(prompts, vocabulary):
         i, j, q, reference = _labels(resident, job, [chosen[k] for k in part], offsets)
         batch = collate([prompts[k] for k in part], resident.device)

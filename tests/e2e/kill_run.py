@@ -1,9 +1,10 @@
 """Run (or resume) a federation in this process and kill it with SIGKILL at a named point.
 
-    python kill_run.py FOLDER POINT NTH [--real]
+    python kill_run.py FOLDER POINT NTH [--real | --rewards]
 
 POINT is where to die, at the NTH time it is reached; ``none`` lets the run finish.  ``--real`` uses
-the real clients (pocket model, synthetic population, few steps); without it, numpy clients.
+the real clients (pocket model, synthetic population, few steps); ``--rewards`` uses them in mode
+``rewards`` with a query budget; without either, numpy clients.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 
 import clients.trainer
 import server.checkpoint
+import server.policy_trainer
 import server.run
 from fedalign.config import Config, from_flat
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
 from server.progress import LogProgress
 from server.recording import Recorder
+from server.rlhf import RewardStrategy
 from server.spool import Spool
 from server.strategy import GroupStrategy
 from simulations.grid import InProcessGrid
@@ -37,6 +40,11 @@ POINTS: dict[str, tuple[Any, str]] = {
     "scores": (GroupStrategy, "_score_rows"),
     "personal-scores": (GroupStrategy, "aggregate_personal"),
     "personal-adapter": (clients.trainer, "keep_personal_adapter"),
+    "answer": (clients.trainer.ResidentTrainer, "exchange"),
+    "answered": (RewardStrategy, "aggregate_exchange"),
+    "update": (server.policy_trainer, "improve"),
+    "before-exchange-rows": (RewardStrategy, "record_exchange"),
+    "predictor": (RewardStrategy, "aggregate_predictor"),
 }
 
 
@@ -58,10 +66,32 @@ def arm(point: str, nth: int) -> None:
     setattr(owner, name, deadly)
 
 
-def configuration(folder: Path, real: bool) -> Config:
+REWARDS: dict[str, Any] = {
+    "run.mode": "rewards",
+    "run.rounds": 3,
+    "data.questions": 60,
+    "rewards.task": "order",
+    "ppo.questions": 4,
+    "ppo.minibatches": 2,
+    "ppo.kl-target": 0.5,
+    "site.answers": "both",
+    "site.query-budget": 3,
+    "predictor.rounds": 2,
+    "predictor.steps": 2,
+    "predictor.width": 8,
+    "score.samples": 2,
+    "score.min-option-mass": 0.0,
+    "rewards.min-format-rate": 0.0,
+    "personal.steps": 0,
+}
+
+
+def configuration(folder: Path, real: bool, rewards: bool) -> Config:
     """Return the small run, resumed when the folder holds one."""
     flat: dict[str, Any] = {"run.rounds": 3, "run.clients-per-message": 2, "weights.decay": 0.5}
-    if real:
+    if rewards:
+        flat |= REWARDS
+    elif real:
         flat |= {
             "run.rounds": 2,
             "run.clients-per-message": 3,
@@ -81,7 +111,8 @@ def configuration(folder: Path, real: bool) -> Config:
 def main() -> None:
     """See the module's docstring."""
     folder, point, nth = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    real = "--real" in sys.argv
+    rewards = "--rewards" in sys.argv
+    real = rewards or "--real" in sys.argv
     arm(point, nth)
     if real:
         from clients.app import app
@@ -94,7 +125,7 @@ def main() -> None:
         spec.loader.exec_module(module)
         app = module.numpy_app()
         server.run.build_report = lambda f: f / "report.html"  # not what is tested here
-    server.run.execute(InProcessGrid(app, 1), configuration(folder, real), LogProgress(), 0.01)
+    server.run.execute(InProcessGrid(app, 1), configuration(folder, real, rewards), LogProgress(), 0.01)
 
 
 if __name__ == "__main__":

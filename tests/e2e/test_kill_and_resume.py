@@ -92,3 +92,37 @@ def test_real_clients_killed_in_training_and_in_the_personal_phase(tmp_path: Pat
     for name in kept:
         a, b = (load_file(f / PERSONAL / name)["adapter"] for f in (folder, whole))
         assert np.array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards") / "run"
+    assert start(folder, "none", 0, "--rewards") == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("predictor", 2),
+        ("answer", 2),  # a client in the middle of an exchange, its budget perhaps written
+        ("answered", 2),  # every answer is out and charged, none is recorded
+        ("update", 3),
+        ("before-exchange-rows", 2),
+        ("before-rename", 6),
+    ],
+)
+def test_a_reward_run_killed_once(
+    tmp_path: Path, undisturbed_rewards: Path, point: str, nth: int
+) -> None:
+    folder = tmp_path / "run"
+    assert start(folder, point, nth, "--rewards") == -signal.SIGKILL
+    assert start(folder, "none", 0, "--rewards") == 0
+    check_equal(folder, undisturbed_rewards)
+    mine, whole = load(folder / CHECKPOINT), load(undisturbed_rewards / CHECKPOINT)
+    assert mine.arrays.keys() == whole.arrays.keys()
+    for name, value in mine.arrays.items():
+        assert np.array_equal(value, whole.arrays[name]), name
+    refused = [r for r in rows(folder) if "refused" in r]
+    assert refused == [r for r in rows(undisturbed_rewards) if "refused" in r]
+    assert any(float(str(r[-1])) > 0 for r in refused)  # the budget did bite

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedalign.config import SURVEY_METRICS
+from fedalign.config_rules import ORDER_METRICS
 from fedalign.errors import DataError
 from fedalign.metrics.alignment import (
     SCORE_LOW,
@@ -31,7 +32,7 @@ def draws(n: int, k: int, seed: int = 0):
 
 
 def test_every_metric_of_the_configuration_has_a_range():
-    assert set(SCORE_LOW) == {*SURVEY_METRICS, "pair_accuracy"}
+    assert set(SCORE_LOW) == {*SURVEY_METRICS, *ORDER_METRICS, "pair_accuracy"}
     assert SCORE_LOW["js_distance"] == pytest.approx(0.1674, abs=1e-4)
 
 

@@ -26,8 +26,15 @@ LAYOUT = (
 )
 MANIFEST = wire.Manifest(LAYOUT, 2, 4.0, ("q", "v"), "base", "tok", False)
 
+
+def worth(client: str, text: str) -> float:
+    """Return what a text is worth to a client of the fake federation, in [0, 1]."""
+    return float(generator(0, "worth", client.split("#")[0], text).random())
+
+
 Tamper = Callable[[str, str, int], str | None]
-"""(message type, client, round) -> what to break: 'nan', 'high', 'status', 'raise', 'shape'."""
+"""(message type, client, round) -> what to break: 'nan', 'high', 'status', 'raise', 'shape';
+in exchanges also 'silent', 'first-silent' and 'lies'."""
 
 
 def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) -> ClientApp:
@@ -101,6 +108,35 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
         if "shape" in bad.values():
             array = array[:, :-1]
         return Message(wire.encode_train(replies, array), reply_to=message)
+
+    @app.query("exchange")
+    def exchange(message: Message, context: Context) -> Message:
+        request = wire.decode_request(message.content)
+        bad = broken("exchange", request.clients, request.round)
+        rollouts = wire.decode_rollouts(message.content)
+        n = len(rollouts.texts)
+        replies = []
+        for c in request.clients:
+            rewards = np.array([worth(c, t) for t in rollouts.texts], dtype=np.float32)
+            codes = np.array(
+                [wire.MALFORMED if t == "?" else wire.FROM_SHARES for t in rollouts.texts], np.int8
+            )
+            rewards[codes == wire.MALFORMED] = 0.0
+            match bad.get(c):
+                case "nan":
+                    rewards[0] = np.nan
+                case "high":
+                    rewards[codes == wire.FROM_SHARES] = 1.5
+                case "silent":
+                    codes[:] = wire.UNANSWERED
+                case "first-silent":
+                    codes[0] = wire.UNANSWERED
+                case "lies":  # well-formed texts are called malformed
+                    codes[:] = wire.MALFORMED
+            status = wire.NO_DATA if bad.get(c) == "status" else wire.OK
+            short = n - 1 if bad.get(c) == "shape" else n
+            replies.append(wire.RewardReply(c, status, rewards[:short], codes[:short]))
+        return Message(wire.encode_rewards(replies), reply_to=message)
 
     @app.train("personal")
     def personal(message: Message, context: Context) -> Message:

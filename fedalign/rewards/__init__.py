@@ -1,0 +1,1 @@
+"""What a sampled text is worth to a group, and the policy that such rewards lead to."""

@@ -1,0 +1,336 @@
+"""One exchange of reward federation: texts out, rewards in, one reward for each text.
+
+Reference: federated RLHF with aggregated group rewards (arXiv 2512.08786; successor APPA, arXiv
+2604.04261).  Exchange t:
+
+1. the policy writes N texts to training questions (``policy_trainer.py``);
+2. every client answers one reward and one code for each text, as its site's policy allows;
+3. r_gi = mean over the answering clients of group g.  A malformed text is worth
+   ``rewards.malformed`` to every group: the server parses it itself and needs nobody's word;
+4. weights a_g from the history of t - 1, then R_i = combine(r_1i .. r_Gi)
+   (``fedalign/aggregation/group_rewards.py``);
+5. PPO takes its updates on R, and history takes in the mean reward of each group.
+
+Where we differ from the published form, and why:
+
+- *Cold start.*  The texts of exchange 1 come from the untouched base: their mean rewards are h_0,
+  which the weights of exchange 1 use.  (Not stated in the papers.)
+- *A reward that is missing is missing.*  A text that nobody of a group answered does not count for
+  that group, and one that no group answered is left out of the update; neither is ever worth 0.
+- *Reference correction* (off by default): kl * log pi_ref(text) is taken off a well-formed text's
+  reward, so that the optimum is proportional to exp(R / kl), without the base's own taste.
+
+The weight of a group in the ledger is its *influence*: the share of it in the gradient of R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from fedalign import wire
+from fedalign.aggregation import reward_weights
+from fedalign.aggregation.group_rewards import (
+    adaptive_branch,
+    combine,
+    kl_factor,
+    mixture_scale,
+    reward_index,
+)
+from fedalign.aggregation.records import GroupHistory, RuleState
+from fedalign.config import RewardsConfig, resolve_reward
+from fedalign.errors import RunFailed
+from fedalign.ledger import CurveRow, ReplyRow, TimingRow, WeightRow
+from server.strategy import GroupStrategy, QuorumMissed
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """N texts of the policy, and what is known of them without any group."""
+
+    rollouts: wire.Rollouts
+    well_formed: npt.NDArray[np.bool_]
+    """(N,)"""
+    reference_logps: F64
+    """(N,) log-probability of each text under the base, nats."""
+    kl: float
+    """Mean of log pi(text) - log pi_ref(text), nats a text."""
+    generated_tokens: int
+    seconds: Mapping[str, float]
+    episodes: Any = None
+    """What the policy trainer needs to take its updates."""
+
+
+class Policy(Protocol):
+    """The policy as the exchange sees it; torch is behind this line."""
+
+    kl: float
+    """Current KL coefficient, without the rule's factor."""
+
+    def sample(self, exchange: int) -> Sampled:
+        """Write the texts of an exchange; the same exchange gives the same texts."""
+
+    def improve(
+        self, exchange: int, sampled: Sampled, rewards: F64
+    ) -> tuple[wire.F32, dict[str, np.ndarray[Any, Any]], dict[str, float]]:
+        """Take the updates on texts with a reward (N,); return adapter, arrays and metrics.
+
+        Nothing is changed until :meth:`adopt`, so a repeated attempt starts from the same state.
+        """
+
+    def adopt(self) -> None:
+        """Make the result of the last :meth:`improve` the policy."""
+
+
+@dataclass(frozen=True)
+class GroupRewards:
+    """What the groups said of N texts."""
+
+    groups: tuple[str, ...]
+    """Present groups, sorted; G of them."""
+    rewards: F64
+    """(G, N) in [0, 1]; NaN where a group did not answer."""
+    codes: Mapping[str, int]
+    """How often each wire code came back, by name."""
+    replies: Sequence[ReplyRow]
+    coverage: Mapping[str, float]
+    """Share of the well-formed texts that each enrolled group answered."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean reward of each present group, over the texts it has a reward for."""
+        return {g: float(np.nanmean(row)) for g, row in zip(self.groups, self.rewards, strict=True)}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One reward for each text, and how it came about."""
+
+    rewards: F64
+    """(N,) as PPO takes them, reference correction included; NaN: no group answered."""
+    state: RuleState
+    weights: Mapping[str, float]
+    influence: Mapping[str, float]
+    curves: Mapping[str, float] = field(default_factory=dict)
+
+
+class RewardStrategy(GroupStrategy):
+    """Scores, quorum and recording as in adapter federation; rounds are exchanges."""
+
+    def configure_exchange(
+        self, round_: int, rollouts: wire.Rollouts, predictor: wire.F32 | None
+    ) -> Iterable[Message]:
+        """Ask the sampled clients what the texts are worth to them."""
+        chosen = self.directory.sample(
+            self.config.run.seed, round_, self.config.run.clients_per_round
+        )
+        shared = (
+            None
+            if predictor is None
+            else ArrayRecord({"predictor": Array(np.ascontiguousarray(predictor, np.float32))})
+        )
+
+        def build(request: wire.Request) -> RecordDict:
+            content = wire.encode_rollouts(wire.encode_request(request), rollouts)
+            if shared is not None:
+                content["predictor"] = shared
+            return content
+
+        return self.messages(wire.EXCHANGE, "train", round_, chosen, build)
+
+    def aggregate_exchange(
+        self, round_: int, replies: Iterable[Message], sampled: Sampled
+    ) -> GroupRewards:
+        """Check every reply, form group rewards; raises :class:`QuorumMissed` below quorum."""
+        n = len(sampled.rollouts.texts)
+        usable: dict[str, wire.RewardReply] = {}
+        failed: dict[str, str] = {}
+
+        def decode(message: Message, clients: Sequence[str]) -> None:
+            for row in wire.decode_rewards(message.content, clients, n):
+                if row.status == wire.OK:
+                    usable[row.client] = row
+                else:
+                    failed[row.client] = wire.STATUS[row.status]
+
+        self.collect(replies, decode, failed)
+        try:
+            self.check_quorum("train", round_, len(usable), failed)
+            return group_rewards(
+                usable,
+                {c: m.group for c, m in self.directory.members.items()},
+                sampled.well_formed,
+                self.config.rewards.malformed,
+                self.recorder.failures(failed),
+            )
+        except QuorumMissed:
+            rows = self.recorder.failures(failed)
+            self.ledger.write("train", round_, self.attempt, replies=rows)
+            raise
+
+    def judge(self, round_: int, given: GroupRewards, sampled: Sampled, kl: float) -> Judged:
+        """Turn group rewards into one reward a text; ``kl`` is the policy's coefficient."""
+        settings = self.config.rewards
+        means = given.means
+        before = with_newcomers(self.state, means)
+        state, weights = reward_weights.group_weights(
+            settings.rule, self.settings, before, given.groups, round_
+        )
+        index = reward_index(given.rewards, sampled.rollouts.question_of)
+        adaptive = adaptive_branch(index, settings.fairness_threshold)
+        combined = combine(
+            settings.rule,
+            given.rewards,
+            np.array([weights[g] for g in given.groups]),
+            adaptive=adaptive,
+            sharpness=settings.sharpness,
+            log_scale=mixture_scale(resolve_reward(self.config), settings.floor),
+        )
+        rewards = combined.values
+        if settings.reference_correction:
+            factor = kl * kl_factor(settings.rule, len(given.groups))
+            correction = np.where(sampled.well_formed, factor * sampled.reference_logps, 0.0)
+            rewards = rewards - correction
+        state = reward_weights.observe(
+            settings.rule, self.settings, state, means, self.directory.groups, round_
+        )
+        curves = {
+            "reward-mean": float(np.mean(list(means.values()))),
+            "adaptive-branch": float(adaptive),
+            "reward-scale": float(combined.scale),
+            "format-rate": float(sampled.well_formed.mean()),
+            "sampled-kl": sampled.kl,
+            "rollouts": float(len(rewards)),
+            "generated-tokens": float(sampled.generated_tokens),
+            **{name: float(count) for name, count in given.codes.items()},
+        }
+        if index is not None:
+            curves["fairness-index"] = index
+        influence = dict(zip(given.groups, combined.influence.tolist(), strict=True))
+        return Judged(rewards, state, weights, influence, curves)
+
+    def record_exchange(
+        self,
+        round_: int,
+        given: GroupRewards,
+        judged: Judged,
+        metrics: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Write the exchange's rows in one transaction."""
+        means = given.means
+        curves = [CurveRow(client="", name=n, value=v) for n, v in judged.curves.items()]
+        curves += [CurveRow(client="", name=n, value=v) for n, v in metrics.items()]
+        for g in given.groups:
+            curves += [
+                CurveRow(client=f"group:{g}", name="weight", value=judged.weights[g]),
+                CurveRow(client=f"group:{g}", name="influence", value=judged.influence[g]),
+            ]
+        self.ledger.write(
+            "train",
+            round_,
+            self.attempt,
+            replies=list(given.replies),
+            weights=[
+                WeightRow(
+                    group=g,
+                    weight=judged.influence.get(g),
+                    history=judged.state.history[g].value if g in judged.state.history else None,
+                    score=means.get(g),
+                    present=g in means,
+                    coverage=given.coverage[g],
+                )
+                for g in self.directory.groups
+            ],
+            curves=curves,
+            timings=[TimingRow(name=n, seconds=s) for n, s in seconds.items()],
+        )
+
+
+def group_rewards(
+    replies: Mapping[str, wire.RewardReply],
+    group_of: Mapping[str, str],
+    well_formed: npt.NDArray[np.bool_],
+    malformed: float,
+    failures: Sequence[ReplyRow] = (),
+) -> GroupRewards:
+    """Form (G, N) group rewards from usable replies.
+
+    Args:
+        replies: client to reply, N rewards and codes each.
+        group_of: group of every enrolled client.
+        well_formed: (N,) which texts the server could parse.
+        malformed: what a malformed text is worth to every group, in [0, 1].
+        failures: rows of clients without a usable reply.
+
+    Raises:
+        QuorumMissed: no group answered any text.
+    """
+    enrolled = sorted(set(group_of.values()))
+    counts = dict.fromkeys(wire.CODES, 0)
+    rows: list[F64] = []
+    present: list[str] = []
+    coverage: dict[str, float] = dict.fromkeys(enrolled, 0.0)
+    answered: dict[str, int] = {}
+    for group in enrolled:
+        total, number = np.zeros(len(well_formed)), np.zeros(len(well_formed))
+        for client, reply in sorted(replies.items()):
+            if group_of[client] != group:
+                continue
+            for code, name in enumerate(wire.CODES):
+                counts[name] += int((reply.codes == code).sum())
+            counted = (reply.codes == wire.FROM_SHARES) | (reply.codes == wire.PREDICTED)
+            counted &= well_formed
+            answered[client] = int(counted.sum())
+            total += np.where(counted, reply.rewards.astype(np.float64), 0.0)
+            number += counted
+        has = number > 0
+        if has.any():
+            row = np.full(len(well_formed), np.nan)
+            row[has] = total[has] / number[has]
+            row[~well_formed] = malformed
+            rows.append(row)
+            present.append(group)
+            coverage[group] = float(has.sum() / well_formed.sum())
+    if not rows:
+        raise QuorumMissed(
+            "no client has a reward for any of the texts: none answered these questions, or the "
+            "sites' policies refuse. See the codes in the ledger."
+        )
+    usable = [ReplyRow(client=c, group=group_of[c], examples=answered[c]) for c in sorted(replies)]
+    return GroupRewards(tuple(present), np.stack(rows), counts, [*usable, *failures], coverage)
+
+
+def with_newcomers(state: RuleState, means: Mapping[str, float]) -> RuleState:
+    """Give every group without history its own mean reward as one: h_0 of that group."""
+    fresh = {g: GroupHistory(value, 0, 0) for g, value in means.items() if g not in state.history}
+    return replace(state, history={**state.history, **fresh})
+
+
+def check_alive(settings: RewardsConfig, max_kl: float, sampled: Sampled, round_: int) -> None:
+    """Raise ``RunFailed`` when the policy has collapsed: no answers, or far off the base."""
+    rate = float(sampled.well_formed.mean())
+    if rate < settings.min_format_rate:
+        whose = "the untouched base writes" if round_ == 1 else "the policy collapsed: it writes"
+        raise RunFailed(
+            f"exchange {round_}: {whose} a well-formed answer in {rate:.0%} of its texts, below "
+            f"rewards.min-format-rate = {settings.min_format_rate:g}. "
+            + (
+                "Fine-tune the base on the task's format first, or choose another rewards.task."
+                if round_ == 1
+                else "Lower ppo.learning-rate or raise ppo.kl."
+            )
+        )
+    if not sampled.kl <= max_kl:
+        raise RunFailed(
+            f"exchange {round_}: the policy collapsed: it is {sampled.kl:.1f} nats a text away "
+            f"from the base, above ppo.max-kl = {max_kl:g}. Lower ppo.learning-rate or raise "
+            "ppo.kl."
+        )
