@@ -164,7 +164,7 @@ def measure_optimum(model: ResidentModel, arm: str, seed: int) -> dict[str, floa
     config = config_of(objective, seed, ppo)
     items = survey(client_of(config).train)[:6]
     adapter = start_of(model, seed)
-    for part, (steps, rate) in enumerate(((120, 0.003), (80, 0.001), (80, 0.0003))):
+    for part, (steps, rate) in enumerate(((60, 0.003), (20, 0.001), (20, 0.0003))):
         job = PolicyJob("c", GROUP, adapter, items, steps, rate, (part,))
         result = train(model, job, config, replaced)
         assert result.adapter is not None

@@ -17,6 +17,7 @@ from clients.store import hosted, population
 from fedalign import wire
 from fedalign.config import Config, from_json
 from fedalign.errors import FedalignError, WireError
+from fedalign.wire.predictor import decode_predictor, encode_predictor_replies
 
 log = logging.getLogger("fedalign.client")
 
@@ -114,7 +115,7 @@ def exchange(message: Message, context: Context) -> Message:
         rollouts = wire.decode_rollouts(message.content)
         predictor = None
         if config.site.answers != "shares":
-            predictor = wire.decode_predictor(message.content, trainer.predictor.size)
+            predictor = decode_predictor(message.content, trainer.predictor.size)
         return wire.encode_rewards(trainer.exchange(request.clients, rollouts, predictor))
 
     return _answer(message, context, handle)
@@ -128,8 +129,8 @@ def predictor(message: Message, context: Context) -> Message:
         from clients.trainer import resident_trainer
 
         site = resident_trainer(config).predictor
-        flat = wire.decode_predictor(message.content, site.size)
-        return wire.encode_predictor_replies(*site.train(request.clients, flat, request.round))
+        flat = decode_predictor(message.content, site.size)
+        return encode_predictor_replies(*site.train(request.clients, flat, request.round))
 
     return _answer(message, context, handle)
 

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedalign import wire
 from fedalign.aggregation import reward_weights
@@ -46,6 +46,7 @@ from fedalign.aggregation.records import GroupHistory, RuleState
 from fedalign.config import RewardsConfig, resolve_reward
 from fedalign.errors import RunFailed
 from fedalign.ledger import CurveRow, ReplyRow, TimingRow, WeightRow
+from fedalign.wire.predictor import encode_predictor, predictor_record
 from server.strategy import GroupStrategy, QuorumMissed
 
 F64 = npt.NDArray[np.float64]
@@ -131,17 +132,11 @@ class RewardStrategy(GroupStrategy):
         chosen = self.directory.sample(
             self.config.run.seed, round_, self.config.run.clients_per_round
         )
-        shared = (
-            None
-            if predictor is None
-            else ArrayRecord({"predictor": Array(np.ascontiguousarray(predictor, np.float32))})
-        )
+        shared = None if predictor is None else predictor_record(predictor)
 
         def build(request: wire.Request) -> RecordDict:
             content = wire.encode_rollouts(wire.encode_request(request), rollouts)
-            if shared is not None:
-                content["predictor"] = shared
-            return content
+            return content if shared is None else encode_predictor(content, shared)
 
         return self.messages(wire.EXCHANGE, "train", round_, chosen, build)
 

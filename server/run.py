@@ -41,6 +41,7 @@ from server.checkpoint import Checkpoint
 from server.directory import Directory
 from server.export import write_adapter
 from server.hello import ask_hello
+from server.predictor import aggregate_predictor, configure_predictor, first_predictor
 from server.progress import Progress
 from server.rlhf import Policy, RewardStrategy, check_alive
 from server.strategy import GroupStrategy, QuorumMissed, RoundResult
@@ -140,6 +141,7 @@ class _Run:
         self.state = state
         self._arrays = wire.adapter_record(state.adapter)
         self._policy: Policy | None = None
+        self._predictor: wire.F32 = np.zeros(0, dtype=np.float32)
 
     def base(self) -> None:
         """Score the untouched base; its validation scores are the histories' cold start."""
@@ -161,21 +163,20 @@ class _Run:
         strategy, config = self.strategy, self.config
         if config.site.answers == "shares" or self.state.phase not in ("base", "predictor"):
             return
-        assert isinstance(strategy, RewardStrategy)
         # One message more than rounds: it trains nothing and brings the frozen predictor's error.
         for round_ in range(self._done("predictor") + 1, config.predictor.rounds + 2):
             if round_ == 1:
                 self.progress.phase("predictor", "federated averaging of the preference predictor")
             flat = self.state.arrays.get("predictor")
             if flat is None:
-                flat = strategy.first_predictor()
+                flat = first_predictor(strategy, predictor_inputs(config))
 
             def attempt(r: int, flat: wire.F32 = flat) -> None:
-                replies = self._exchange(strategy.configure_predictor(r, flat))
-                strategy.aggregate_predictor(r, flat, replies)
+                replies = self._exchange(configure_predictor(strategy, r, flat))
+                self._predictor = aggregate_predictor(strategy, r, flat, replies)
 
             self._attempts("predictor", round_, attempt)
-            self._commit("predictor", round_, arrays={"predictor": strategy.predictor})
+            self._commit("predictor", round_, arrays={"predictor": self._predictor})
 
     def train(self) -> None:
         """Do the rounds that are left."""
@@ -337,6 +338,14 @@ class _Run:
         if self.state.best is None or value > self.state.best:
             return value, 0
         return self.state.best, self.state.rounds_since_best + 1
+
+
+def predictor_inputs(config: Config) -> int:
+    """Return the width of the frozen base's embeddings, which the predictor reads."""
+    from fedalign.models.resident import resident_model
+    from fedalign.rewards.embedding import embedding_dim
+
+    return embedding_dim(resident_model(config.model, config.aggregation.method == "frozen-a"))
 
 
 def make_policy(config: Config, directory: Directory, state: Checkpoint) -> Policy:

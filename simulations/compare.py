@@ -118,7 +118,10 @@ def finished(config: Config) -> bool:
         return False
     with Ledger(path, readonly=True) as ledger:
         facts = ledger.run()
+        compared = bool(ledger.references("closed_form"))
     done = str(facts.get("status", "")).startswith(("completed", "failed: option mass"))
+    if config.run.mode == "rewards" and config.rewards.task != "shares":
+        done = done and compared  # written after the run: a kill may come between the two
     return done and facts.get("config_hash") == config_hash(config)
 
 

@@ -240,6 +240,15 @@ def _headline(study: Study, keys: Sequence[Key]) -> str:
 def _population(key: Key, arms: Mapping[str, ArmResult]) -> list[str]:
     said = []
     name = f"**{where(key).capitalize()}.**"
+    everything = with_base(arms)
+    if "mean" in arms:
+        d = {m: difference(key, everything, "mean", BASE, m) for m in ("worst", "average")}
+        said.append(
+            f"{name} Training on the plain mean changes the worst group by "
+            f"{text(d['worst'].interval)} against the untouched base, {how(d['worst'])}, and the "
+            f"average by {text(d['average'].interval)}, {how(d['average'])}."
+        )
+        name = ""
     for arm, what in (("reweighted", "The weights alone"), ("literal", "The published rule")):
         if {arm, "mean"} <= arms.keys():
             d = {
@@ -303,8 +312,9 @@ def _best(key: Key, arms: Mapping[str, ArmResult]) -> str:
         return f"No rule has a better worst group than mean ({scored['mean']:.3f})."
     d = difference(key, arms, best, "mean", "worst")
     return (
-        f"The best worst group is that of {best} ({scored[best]:.3f}; mean {scored['mean']:.3f}): "
-        f"{text(d.interval)} against mean, {how(d)}."
+        f"The best worst group is that of {best} ({scored[best]:.3f}; mean {scored['mean']:.3f}), "
+        f"picked from {len(scored)} rules after the fact: {text(d.interval)} against mean, "
+        f"{how(d)}."
     )
 
 

@@ -36,6 +36,9 @@ from fedalign.models.layout import Layout
 LOG_STD = (-4.0, 2.0)
 """Range of the logarithm of the standard deviation; shares lie in [0, 1]."""
 
+SHARE_SCALE = 10.0
+"""A share enters the token times this; beside D numbers of size 1 it would be lost."""
+
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -101,8 +104,13 @@ def cross_entropy_loss(prediction: Prediction, y: torch.Tensor, mask: torch.Tens
     return -(y * logs)[mask].sum() / len(y)
 
 
+LOSS = cross_entropy_loss
+"""What training minimises; docs/predictor.md compares the two."""
+
+
 def _embed(weights: Weights, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    token = torch.cat([layer_norm(x, x.shape[-1:]), y.unsqueeze(-1)], dim=-1)
+    """(tokens, D) and (tokens,) to (tokens, width)."""
+    token = torch.cat([layer_norm(x, x.shape[-1:]), SHARE_SCALE * y.unsqueeze(-1)], dim=-1)
     return _linear(weights, "embed.1", relu(_linear(weights, "embed.0", token)))
 
 

@@ -15,6 +15,9 @@ from fedalign.config import PredictorConfig
 from fedalign.models.layout import Array, Layout, pack, size
 from fedalign.randomness import generator
 
+MATCH = 3.0
+"""Factor on the starting weights of query and key maps."""
+
 
 def layout(settings: PredictorConfig, dim: int) -> Layout:
     """Return (name, shape) of every tensor, sorted by name; ``dim`` is D, the embedding's width."""
@@ -48,10 +51,12 @@ def initial_predictor(settings: PredictorConfig, dim: int, seed: int) -> Array:
     """Return the starting parameters (P,), drawn by seed and tensor name.
 
     Weights and biases of linear maps are uniform in +-1/sqrt(inputs) (PyTorch's own start);
-    normalisations start as the identity.
+    normalisations start as the identity.  Key maps start equal to query maps, their weights times
+    MATCH (ours): attention then starts as a kernel that looks for context alike to the token, in
+    place of a mean over all context, from which training hardly ever leaves within a run.
     """
     shapes = dict(layout(settings, dim))
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for name, shape in shapes.items():
         part, kind = name.rsplit(".", 1)
         if part.endswith("norm"):
@@ -60,4 +65,9 @@ def initial_predictor(settings: PredictorConfig, dim: int, seed: int) -> Array:
         bound = 1.0 / math.sqrt(shapes[f"{part}.weight"][1])
         draw = generator(seed, "predictor-start", name).uniform(-bound, bound, size=shape)
         tensors[name] = draw.astype(np.float32)
+    for k in range(settings.layers):
+        query, key = f"layer.{k:02d}.query", f"layer.{k:02d}.key"
+        tensors[f"{query}.weight"] *= np.float32(MATCH)
+        for kind in ("weight", "bias"):
+            tensors[f"{key}.{kind}"] = tensors[f"{query}.{kind}"]
     return pack(tensors, layout(settings, dim))

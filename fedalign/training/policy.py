@@ -13,21 +13,15 @@ into advantages (``ppo.py``) and takes ``epochs`` passes over keyed minibatches 
 of one prompt together.  Both collate the same way, so the first ratio is exactly 1, and texts of a
 prompt that share their rows (all one-letter answers) cost one row.
 
-Two AdamW optimisers without weight decay, one on the flat buffer of the adapter and one on the
-value head, keep their moments from exchange to exchange: they are part of the state, as the KL
-coefficient is.  The state is arrays and nothing else, so a run that is stopped and resumed goes on
-bit for bit.
-
-KL controller, where ``ppo.kl-target`` is set: the proportional one of Ziegler et al. (arXiv
-1909.08593), ``kl <- kl (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))``, KL measured at the start of
-the exchange.  The paper applies it once a batch; an exchange carries ``ppo.minibatches`` of those,
-so it is applied that often: at most 8 % an exchange with four, a factor of 2 in nine exchanges.
+AdamW without weight decay works on the flat buffer of the adapter and on the value head, with a
+learning rate for each; its moments go from exchange to exchange in the state
+(``policy_state.py``), as the KL coefficient does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,55 +31,20 @@ import torch
 from fedalign.config import PpoConfig
 from fedalign.errors import DataError, RunFailed
 from fedalign.models.base import ResidentModel
-from fedalign.models.layout import Array, check_flat
 from fedalign.randomness import Key, generator
 from fedalign.training import ppo
 from fedalign.training.batch import Prompt, collate, hidden_and_logits, in_passes, output_head
 from fedalign.training.encode import Ids
+from fedalign.training.policy_state import (
+    PolicyState,
+    controlled_kl,
+    moments,
+    optimiser_of,
+    start,
+)
 
 Table = np.ndarray[Any, np.dtype[np.float32]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-CONTROLLER_GAIN, CONTROLLER_BOUND = 0.1, 0.2
-MOMENTS = ("first", "second", "steps")
-
-
-@dataclass(frozen=True)
-class PolicyState:
-    """Everything that training goes on from."""
-
-    adapter: Array
-    """(P,) float32."""
-    value_head: Array
-    """(H + 1,) float32: weights, then bias."""
-    moments: Mapping[str, np.ndarray[Any, Any]]
-    """AdamW's ``<part>_first`` and ``<part>_second`` (float32) and ``<part>_steps`` (1,) int64, for
-    the parts ``adapter`` and ``head``."""
-    kl: float
-    """Current weight of the KL divergence, in units of reward a nat."""
-
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the state as float32 and int64 arrays; inverse of :meth:`from_arrays`."""
-        # The coefficient is a float64: its bits travel as an integer.
-        kl = np.array([self.kl], dtype=np.float64).view(np.int64)
-        return {"adapter": self.adapter, "value_head": self.value_head, "kl": kl, **self.moments}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> PolicyState:
-        """Return the state that :meth:`arrays` wrote, bit for bit; ``DataError`` otherwise."""
-        moments = {f"{part}_{name}" for part in ("adapter", "head") for name in MOMENTS}
-        wanted = {"adapter", "value_head", "kl", *moments}
-        if set(arrays) != wanted:
-            raise DataError(
-                f"a policy state holds {', '.join(sorted(wanted))}; this one differs in "
-                f"{', '.join(sorted(wanted ^ set(arrays)))}."
-            )
-        return cls(
-            adapter=arrays["adapter"],
-            value_head=arrays["value_head"],
-            moments={name: arrays[name] for name in sorted(moments)},
-            kl=float(np.ascontiguousarray(arrays["kl"], dtype=np.int64).view(np.float64)[0]),
-        )
 
 
 @dataclass(frozen=True)
@@ -131,28 +90,6 @@ class Measured:
     def ref_text_logps(self) -> Floats:
         """(R,) log-probability of each text under the base, nats."""
         return self.ref_logps.astype(np.float64).sum(axis=1)
-
-
-def start(resident: ResidentModel, adapter: Array, settings: PpoConfig, kl: float) -> PolicyState:
-    """Return the state before the first exchange: value head zero, no moments.
-
-    ``adapter`` (P,) float32; ``kl`` is the coefficient to start from, at least 0.
-    """
-    check_flat(adapter, resident.layout)
-    if not adapter.any():
-        raise DataError("the adapter is all zeros: with A and B both zero no gradient ever arises.")
-    if not kl >= 0.0:
-        raise DataError(f"kl = {kl}; the weight of the divergence must be at least 0.")
-    if settings.kl_target and kl == 0.0:
-        raise DataError("kl = 0 cannot be controlled: the controller multiplies it.")
-    width = output_head(resident.network).weight.shape[1]
-    sizes = {"adapter": len(adapter), "head": width + 1}
-    moments: dict[str, np.ndarray[Any, Any]] = {}
-    for part, size in sizes.items():
-        moments[f"{part}_first"] = np.zeros(size, dtype=np.float32)
-        moments[f"{part}_second"] = np.zeros(size, dtype=np.float32)
-        moments[f"{part}_steps"] = np.zeros(1, dtype=np.int64)
-    return PolicyState(adapter.copy(), np.zeros(width + 1, dtype=np.float32), moments, kl)
 
 
 def measure(resident: ResidentModel, state: PolicyState, episodes: Episodes) -> Measured:
@@ -240,7 +177,7 @@ def improve(
     weights.grad = resident.gradient_flat
     head = torch.nn.Parameter(torch.from_numpy(state.value_head.copy()).to(resident.device))
     head.grad = torch.zeros_like(head)
-    optimiser = _optimiser(state, weights, head, rate, settings.value_learning_rate)
+    optimiser = optimiser_of(state, weights, head, rate, settings.value_learning_rate)
     history: dict[str, list[float]] = {}
     tokens = 0
     with resident.training(), torch.enable_grad():
@@ -273,7 +210,7 @@ def improve(
     new = PolicyState(
         adapter,
         head.detach().cpu().numpy().copy(),
-        _moments(optimiser, weights, head),
+        moments(optimiser, weights, head),
         controlled_kl(state.kl, kl, settings),
     )
     summary = {name: float(np.mean(series)) for name, series in history.items()}
@@ -293,15 +230,6 @@ def improve(
     if plan.explained_variance is not None:
         summary["explained-variance"] = plan.explained_variance
     return new, summary
-
-
-def controlled_kl(coefficient: float, measured: float, settings: PpoConfig) -> float:
-    """Return the coefficient after an exchange; unchanged where ``kl_target`` is 0."""
-    if not settings.kl_target:
-        return coefficient
-    error = measured / settings.kl_target - 1.0
-    error = min(max(error, -CONTROLLER_BOUND), CONTROLLER_BOUND)
-    return float(coefficient * (1.0 + CONTROLLER_GAIN * error) ** settings.minibatches)
 
 
 @dataclass(frozen=True)
@@ -443,37 +371,12 @@ def _vocabulary(resident: ResidentModel) -> int:
     return int(output_head(resident.network).weight.shape[0])
 
 
-def _optimiser(
-    state: PolicyState,
-    weights: torch.nn.Parameter,
-    head: torch.nn.Parameter,
-    rate: float,
-    value_rate: float,
-) -> torch.optim.AdamW:
-    """Return AdamW on adapter and head, its moments as they stand in the state."""
-    optimiser = torch.optim.AdamW(
-        [{"params": [weights], "lr": rate}, {"params": [head], "lr": value_rate}],
-        weight_decay=0.0,
-        fused=True,
-    )
-    for part, parameter in (("adapter", weights), ("head", head)):
-        first, second, steps = (state.moments[f"{part}_{name}"] for name in MOMENTS)
-        optimiser.state[parameter] = {
-            # A float32 counts exactly to 2^24 updates.
-            "step": torch.tensor(float(steps[0]), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.from_numpy(first.copy()).to(parameter.device),
-            "exp_avg_sq": torch.from_numpy(second.copy()).to(parameter.device),
-        }
-    return optimiser
-
-
-def _moments(
-    optimiser: torch.optim.AdamW, weights: torch.nn.Parameter, head: torch.nn.Parameter
-) -> dict[str, np.ndarray[Any, Any]]:
-    out: dict[str, np.ndarray[Any, Any]] = {}
-    for part, parameter in (("adapter", weights), ("head", head)):
-        moments = optimiser.state[parameter]
-        out[f"{part}_first"] = moments["exp_avg"].cpu().numpy().copy()
-        out[f"{part}_second"] = moments["exp_avg_sq"].cpu().numpy().copy()
-        out[f"{part}_steps"] = np.array([int(moments["step"])], dtype=np.int64)
-    return out
+__all__ = [
+    "Episodes",
+    "Measured",
+    "PolicyState",
+    "controlled_kl",
+    "improve",
+    "measure",
+    "start",
+]

@@ -203,10 +203,10 @@ def _trainer(
 
     task = config.rewards.task
 
-    class OwnPrompts(Trainer):  # type: ignore[misc, valid-type]
+    class OwnPrompts(Trainer):
         """The trainer over prompts that are token ids; column ``prompt`` holds their number."""
 
-        def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:  # type: ignore[type-arg]
+        def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, None, Any]:
             asked = (texts.items[int(p)] for p in prompts)
             ids = [list(tasks.task_prompt(resident, task, i.question, i.options)) for i in asked]
             return ids, None, {}
@@ -216,7 +216,7 @@ def _trainer(
             resident.set_trainable()
             return scored
 
-    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
         asked = [texts.items[int(p)] for p in prompts]
         ends = end_tokens(resident)
         written = [tasks.decode(resident, task, tuple(c), c[-1] in ends) for c in completion_ids]

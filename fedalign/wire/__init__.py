@@ -13,7 +13,8 @@ train       LoRA factors, float32 (k, P); validation score of the *received* ada
             seconds
 personal    per client and stage: test score, question count, option mass; question scores as above
 exchange    per client: one reward and one code for each sampled text (``exchange.py``)
-predictor   weights of the group's preference predictor, float32; loss (``predictor.py``)
+predictor   per client: parameters of the preference predictor, float32 (k, P); losses, option
+            tokens, validation error and its question count (``predictor.py``)
 ==========  ====================================================================================
 
 and a status code for each client.  Nothing else: no text of a question or answer, no exception

@@ -44,7 +44,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "answered": (RewardStrategy, "aggregate_exchange"),
     "update": (server.policy_trainer, "improve"),
     "before-exchange-rows": (RewardStrategy, "record_exchange"),
-    "predictor": (RewardStrategy, "aggregate_predictor"),
+    "predictor": (server.run, "aggregate_predictor"),
 }
 
 
@@ -125,7 +125,8 @@ def main() -> None:
         spec.loader.exec_module(module)
         app = module.numpy_app()
         server.run.build_report = lambda f: f / "report.html"  # not what is tested here
-    server.run.execute(InProcessGrid(app, 1), configuration(folder, real, rewards), LogProgress(), 0.01)
+    config = configuration(folder, real, rewards)
+    server.run.execute(InProcessGrid(app, 1), config, LogProgress(), 0.01)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reward federation end to end: the command, its rows, its report, and the same run on two nodes."""
+"""Reward federation end to end: the command, its rows and report, the same run on two nodes."""
 
 from __future__ import annotations
 

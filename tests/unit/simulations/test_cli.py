@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fedalign.config import Config
+from fedalign.errors import RunFailed
 from fedalign.runfolder import CHECKPOINT, LEDGER, REPORT, SUMMARY
 from simulations import cli
 
@@ -72,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands(fedalign: Callable[..., Done]) -> None:
     done = fedalign("--help")
     assert done.code == 0
-    for command in ("simulate", "compare", "report", "export", "doctor"):
+    for command in ("simulate", "compare", "reproduce", "report", "export", "doctor"):
         assert command in done.out
 
 
@@ -148,6 +150,56 @@ def test_resume_of_a_missing_folder_exits_6(fedalign: Callable[..., Done], tmp_p
     assert done.code == 6
     assert "holds no run to resume" in done.err
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "mode", "partition"),
+    [
+        ([], "default", "adapters", "sizes"),
+        (["--mode", "rewards"], "rewards", "rewards", "group"),
+        (["--mode", "adapters"], "default", "adapters", "sizes"),
+        (["default", "--mode", "rewards"], "default", "rewards", "sizes"),
+        (["rewards"], "rewards", "rewards", "group"),
+    ],
+)
+def test_mode_chooses_the_scenario_or_sets_the_mode(
+    fedalign: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    name: str,
+    mode: str,
+    partition: str,
+) -> None:
+    asked: list[Config] = []
+
+    def stop(config: Config, *_: object) -> None:
+        asked.append(config)
+        raise RunFailed("far enough")
+
+    monkeypatch.setattr("simulations.simulate.simulate", stop)
+    assert fedalign("simulate", *arguments).code == 5
+    config = asked[0]
+    assert (config.run.name, config.run.mode, config.data.partition) == (name, mode, partition)
+
+
+def test_unknown_mode_exits_2_and_a_resumed_run_keeps_its_own(
+    fedalign: Callable[..., Done], finished: Path
+) -> None:
+    done = fedalign("simulate", "--mode", "reward")
+    assert done.code == 2
+    assert "run.mode = 'reward' is not one of adapters, rewards" in done.err
+    done = fedalign("simulate", "--resume", finished, "--mode", "rewards")
+    assert done.code == 2
+    assert "leave out scenario, --mode" in done.err
+
+
+def test_unknown_part_of_the_reproduction_exits_2(
+    fedalign: Callable[..., Done], tmp_path: Path
+) -> None:
+    done = fedalign("reproduce", "--out", tmp_path / "r", "--parts", "core,every")
+    assert done.code == 2
+    assert "part 'every' is not one of core, oracle" in done.err
+    assert not (tmp_path / "r").exists()
 
 
 def test_doctor_is_content_here(fedalign: Callable[..., Done]) -> None:

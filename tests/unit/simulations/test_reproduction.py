@@ -477,6 +477,13 @@ def test_reproduce_runs_what_is_missing_and_goes_on_after_a_failure(
     asked.clear()
     reproduce(tmp_path, ["oracle"], 2, 1)
     assert asked == [("order min", 0), ("order min", 1)]
+    # Killed between the end of a run and its distance to the optimum: not finished.
+    killed = next(r for r in by_folder.values() if (r.task, r.arm, r.seed) == ("letter", "mean", 1))
+    with Ledger(killed.folder / LEDGER) as ledger:
+        ledger.put_references([])
+    asked.clear()
+    reproduce(tmp_path, ["oracle"], 2, 1)
+    assert asked == [("letter mean", 1), ("order min", 0), ("order min", 1)]
 
 
 def test_reproduce_refuses_nothing_to_do_and_another_mode(tmp_path: Path) -> None:

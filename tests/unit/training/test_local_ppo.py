@@ -12,10 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.store import population
-from fedalign.config import Config, DataConfig, LocalConfig, ModelConfig, PpoConfig, RewardsConfig
+from fedalign import wire
+from fedalign.aggregation.adapters import initial_adapter
+from fedalign.config import (
+    Config,
+    DataConfig,
+    LocalConfig,
+    ModelConfig,
+    PersonalConfig,
+    PpoConfig,
+    RewardsConfig,
+    RunConfig,
+)
 from fedalign.data.records import SurveyItem
 from fedalign.errors import ConfigError, DataError, WireError
 from fedalign.models.base import ResidentModel
+from fedalign.models.layout import pack
 from fedalign.rewards.optimum import closed_share, divergence, optimum, with_rest
 from fedalign.rewards.text import reward_of_answer
 from fedalign.training import tasks
@@ -244,3 +256,29 @@ def test_reaches_the_closed_form_on_the_pocket(pocket, tiny) -> None:
         after.append(divergence(with_rest(now), aim))
     assert closed_share(float(np.mean(before)), float(np.mean(after))) > 0.95
     assert result.metrics["reward"] > 0.5
+
+
+def test_a_client_trains_by_ppo_in_rounds_and_in_the_personal_phase(tmp_path) -> None:
+    from clients.trainer import ResidentTrainer
+
+    config = replace(
+        CONFIG,
+        run=RunConfig(out=str(tmp_path)),
+        data=DataConfig(questions=30, partition="group", clients_per_group="1"),
+        model=ModelConfig(device="cpu"),
+        local=replace(CONFIG.local, steps=3),
+        personal=PersonalConfig(steps=2),
+    )
+    trainer = ResidentTrainer(config)
+    name = next(n for n, c in trainer.clients.items() if c.group == GROUP)
+    received = pack(initial_adapter(dict(trainer.manifest.layout), 0), trainer.manifest.layout)
+    (reply, unknown), updates = trainer.train([name, "nobody"], received, 1)
+    assert (reply.status, unknown.status) == (wire.OK, wire.UNKNOWN_CLIENT)
+    assert reply.steps == 3
+    assert reply.pairs == len(trainer.clients[name].train)
+    # The first step of Adam is the learning rate, for every number with a gradient.
+    moved = np.abs(updates[0] - received).max()
+    assert 0.5 * config.ppo.learning_rate < moved < 4 * config.ppo.learning_rate
+    (personal,), stages = trainer.personal([name], received, rounds=2)
+    assert personal.status == wire.OK
+    assert tuple(personal.scores) == stages == ("personal", "local_only", "local_only_total")
