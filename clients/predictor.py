@@ -48,7 +48,7 @@ class PredictorSite:
         """P, the number of parameters."""
         self._answered: dict[tuple[str, str], list[Answered]] = {}
         self._frozen: dict[str, Array] = {}
-        self._predicted: dict[tuple[str, str, tuple[str, ...]], np.ndarray] = {}
+        self._predicted: dict[tuple[str, str, tuple[str, ...]], tuple[float, ...]] = {}
 
     def train(
         self, names: Sequence[str], flat: Array, round_: int
@@ -84,7 +84,7 @@ class PredictorSite:
             self._frozen[name] = flat.copy()
             self._predicted = {k: v for k, v in self._predicted.items() if k[0] != name}
 
-    def predict(self, name: str, question: wire.Question) -> np.ndarray:
+    def predict(self, name: str, question: wire.Question) -> tuple[float, ...]:
         """Return the predicted shares (K,) of a client's group; they sum to 1.
 
         The context never holds the question asked.  Raises ``FedalignError`` before
@@ -101,9 +101,10 @@ class PredictorSite:
             asked = question_key(question.question, question.options)
             context = fixed_context(answered, self.settings, self.seed, name, asked)
             embedded = self._embedder.embed([(question.question, question.options)])
-            self._predicted[key] = predicted_shares(
+            found = predicted_shares(
                 self._frozen[name], self._layout, self.settings, context, embedded
-            )[0]
+            )
+            self._predicted[key] = tuple(found[0].tolist())
         return self._predicted[key]
 
     def _train_one(

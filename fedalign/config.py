@@ -259,12 +259,12 @@ class PpoConfig:
     whiten: bool = True
     """Standardise advantages over each exchange."""
     learning_rate: float = 0.003
-    """AdamW learning rate of the adapter."""
+    """AdamW learning rate of the adapter on the server; falls in a line over the exchanges."""
     value_learning_rate: float = 0.01
     """AdamW learning rate of the value head."""
     max_grad_norm: float = 1.0
     """Gradient clipping by global norm; 0 switches it off."""
-    max_clip_fraction: float = 0.5
+    max_clip_fraction: float = 0.8
     """No further update on an exchange once this share of ratios was clipped in one."""
     max_kl: float = 20.0
     """A run whose divergence exceeds this (nats a text) is stopped as collapsed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from fedalign.models.resident import resident_model
 from fedalign.randomness import keyed_seed
 from fedalign.rewards.text import parse
 from fedalign.training.generate import generate
-from fedalign.training.loop import round_learning_rate
 from fedalign.training.policy import Episodes, Measured, PolicyState, improve, measure, start
 from fedalign.training.tasks import decode, max_new_tokens, task_prompt
 from server.questions import draw_questions, question_bank
@@ -120,11 +119,8 @@ class PolicyTrainer:
         """Take the PPO updates of an exchange on the texts that have a reward."""
         config, batch = self.config, sampled.episodes
         assert isinstance(batch, _Batch)
-        rate = round_learning_rate(
-            replace(config.local, learning_rate=config.ppo.learning_rate),
-            exchange,
-            config.run.rounds,
-        )
+        # Falling in a line to nothing: at a constant rate the policy jitters about its optimum.
+        rate = config.ppo.learning_rate * (1.0 - (exchange - 1) / config.run.rounds)
         self._next, metrics = improve(
             self.resident,
             self.state,

@@ -24,7 +24,7 @@ without noise in the answers the likelihood has no bound; the MLPs have two line
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,8 @@ def cross_entropy_loss(prediction: Prediction, y: torch.Tensor, mask: torch.Tens
     return -(y * logs)[mask].sum() / len(y)
 
 
-LOSS = cross_entropy_loss
+Loss = Callable[[Prediction, torch.Tensor, torch.Tensor], torch.Tensor]
+LOSS: Loss = cross_entropy_loss
 """What training minimises; docs/predictor.md compares the two."""
 
 

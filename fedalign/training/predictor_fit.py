@@ -24,7 +24,7 @@ from fedalign.errors import DataError
 from fedalign.metrics.alignment import score_questions
 from fedalign.models.layout import Array, Layout
 from fedalign.randomness import Key, generator
-from fedalign.rewards.predictor import LOSS, predict, unpack
+from fedalign.rewards.predictor import LOSS, Loss, predict, unpack
 
 MAX_NORM = 1.0
 """Gradients are clipped to this global norm."""
@@ -61,6 +61,7 @@ def fit(
     seed: int,
     client: str,
     round_: int,
+    loss_of: Loss = LOSS,
 ) -> Fitted:
     """Train from ``flat`` (P,) for ``predictor.steps`` steps; round 1 is the first.
 
@@ -76,8 +77,8 @@ def fit(
         x, y, mask = _targets(targets)
         optimiser.zero_grad(set_to_none=True)
         prediction = predict(unpack(weights, layout), settings, context_of(context), x, mask)
-        loss = LOSS(prediction, y, mask)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss_of(prediction, y, mask)
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([weights], MAX_NORM)
         losses.append(float(loss.detach()))
         if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):

@@ -79,9 +79,7 @@ def test_replies_come_back_as_sent() -> None:
     ],
 )
 def test_a_broken_row_condemns_its_client_alone(change: dict[str, float], status: int) -> None:
-    rows, _ = decode_predictor_replies(
-        answer(replace(GOOD, client="b", **change)), NAMES, SIZE
-    )
+    rows, _ = decode_predictor_replies(answer(replace(GOOD, client="b", **change)), NAMES, SIZE)
     assert [r.status for r in rows] == [wire.OK, status]
     assert rows[1] == PredictorReply("b", status)
 

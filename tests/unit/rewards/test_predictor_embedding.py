@@ -18,14 +18,16 @@ def test_an_embedding_is_two_means_of_the_base(resident, tiny) -> None:
     found = Embedder(resident).embed([QUESTION])[0]
     assert found.dtype == np.float32
     assert found.shape == (3, embedding_dim(resident)) == (3, 64)
-    prompt = "Question: Should the river be wide?\nA. agree\nB. disagree\nC. no idea at all\nAnswer:"
+    prompt = (
+        "Question: Should the river be wide?\nA. agree\nB. disagree\nC. no idea at all\nAnswer:"
+    )
     cut = len(resident.tokenizer(prompt)["input_ids"])
     for name, option, vector in zip("ABC", QUESTION[1], found, strict=True):
         ids = resident.tokenizer(f"{prompt} {name}. {option}")["input_ids"]
         with resident.reference("base"):
-            states = resident.network(
-                torch.tensor([ids]), output_hidden_states=True
-            ).hidden_states[-1][0]
+            states = resident.network(torch.tensor([ids]), output_hidden_states=True).hidden_states[
+                -1
+            ][0]
         expected = torch.cat([states[:cut].mean(0), states[cut:].mean(0)])
         np.testing.assert_allclose(vector, expected.numpy(), atol=2e-5)
 
