@@ -2,7 +2,7 @@
 
     python benchmarks/onpolicy_engines.py time    [--rounds 5]
     python benchmarks/onpolicy_engines.py closed  [--seeds 5] [--steps 64] [--arms "ppo;rloo"]
-    python benchmarks/onpolicy_engines.py optimum [--seeds 3] [--arms "grpo, TRL's KL estimate"]
+    python benchmarks/onpolicy_engines.py optimum [--seeds 3] [--arms "grpo, plain KL estimate"]
 
 ``time``: seconds an update at equal texts (letters of one client's questions), all three in this
 process, in turns; compare the ratios.  ``closed``: a whole client's training questions, equal
@@ -50,7 +50,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "rloo": ("rloo", {}),
     "grpo": ("grpo", {}),
     "grpo, beta = kl": ("grpo", {"beta": KL}),
-    "grpo, TRL's KL estimate": ("grpo", {"use_bias_correction_kl": False}),
+    "grpo, plain KL estimate": ("grpo", {"use_bias_correction_kl": False}),
     "grpo, rewards over their std": ("grpo", {"scale_rewards": "group"}),
     "grpo, beta = 0": ("grpo", {"beta": 0.0}),
 }

@@ -14,7 +14,7 @@ the predictor:
 =================  ============================================================================
 uniform            every option alike
 own nearest        the group's own answer to the training question whose embedding is nearest,
-                   with as many options
+                   with as many options; among all its training questions, or the context alone
 mean of others     the mean of the other groups' true answers to the very question asked
 nearest group      the true answers of the group that is nearest on the context's questions
 =================  ============================================================================
@@ -48,7 +48,7 @@ from fedalign.metrics.alignment import jsd
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array, pack, unpack
 from fedalign.rewards.embedding import Embedder
-from fedalign.rewards.predictor import LOSS, Loss, gaussian_loss
+from fedalign.rewards.predictor import LOSS, Loss, cross_entropy_loss
 from fedalign.rewards.predictor_parameters import MATCH, initial_predictor, layout
 from fedalign.training.predictor_fit import (
     Answered,
@@ -184,17 +184,16 @@ def baselines(groups: Groups, group: str, settings: PredictorConfig, seed: int) 
         )
 
     nearest = min(others, key=apart)
-    flat = {k: np.stack([q.options.ravel() for q in own if len(q.shares) == k]) for k in (3, 4, 5)}
-    shares = {k: [q.shares for q in own if len(q.shares) == k] for k in (3, 4, 5)}
 
-    def alike(q: Answered) -> np.ndarray:
-        k = len(q.shares)
-        distance = np.linalg.norm(flat[k] - q.options.ravel(), axis=1)
-        return shares[k][int(distance.argmin())].astype(np.float64)
+    def alike(q: Answered, known: Sequence[Answered]) -> np.ndarray:
+        same = [k for k in known if len(k.shares) == len(q.shares)]
+        nearest = min(same, key=lambda k: float(np.linalg.norm(k.options - q.options)))
+        return nearest.shares.astype(np.float64)
 
     return {
         "uniform": js_error([np.full(len(t), 1 / len(t)) for t in truth], truth),
-        "own nearest": js_error([alike(q) for q in asked], truth),
+        "own nearest": js_error([alike(q, own) for q in asked], truth),
+        "own nearest in context": js_error([alike(q, context) for q in asked], truth),
         "mean of others": js_error(
             [np.mean([answers[g][q.key] for g in others], axis=0) for q in asked], truth
         ),
@@ -207,7 +206,7 @@ def variants(seeds: int, settings: PredictorConfig) -> dict[str, dict[str, list[
     one_step = replace(settings, rounds=settings.rounds * settings.steps, steps=1)
     arms: dict[str, tuple[Embed, PredictorConfig, Loss, Callable[..., Array]]] = {
         "as is": (usual, settings, LOSS, initial_predictor),
-        "Gaussian loss (published)": (usual, settings, gaussian_loss, initial_predictor),
+        "cross-entropy loss (ours)": (usual, settings, cross_entropy_loss, initial_predictor),
         "keys start on their own": (usual, settings, LOSS, plain_start),
         "one mean, options not listed (published)": (published, settings, LOSS, initial_predictor),
         "one mean, options listed": (one_mean, settings, LOSS, initial_predictor),

@@ -164,6 +164,7 @@ class ResidentTrainer:
                     self._examples(name),
                     result.steps,
                     seconds,
+                    int(result.metrics["tokens"]),
                 )
             )
         return replies, updates
@@ -306,8 +307,11 @@ class ResidentTrainer:
         """Score texts that the loaded adapter writes."""
         asked = {}
         for task in tasks:
-            items = (i for i in self._items(*task) if isinstance(i, SurveyItem))
-            own = [i for i in items if is_defined(self.metric, i.ordinals)]
+            own = [
+                i
+                for i in self._items(*task)
+                if isinstance(i, SurveyItem) and is_defined(self.metric, i.ordinals)
+            ]
             asked[task] = (self.clients[task[0]].group, own)
         found: dict[tuple[str, str], wire.Score | None] = {}
         for task, made in sampled_scores(self.model, self.config, self.metric, asked).items():

@@ -98,7 +98,11 @@ class Recorder:
             curves=[
                 CurveRow(client=c, name=name, value=value)
                 for c, r in sorted(usable.items())
-                for name, value in (("loss-first", r.loss_first), ("loss-last", r.loss_last))
+                for name, value in (
+                    ("loss-first", r.loss_first),
+                    ("loss-last", r.loss_last),
+                    ("tokens", float(r.tokens)),
+                )
             ],
             discarded=[
                 DiscardedRow(layer=layer, group=group, share=share)

@@ -72,8 +72,9 @@ class Sampled:
 class Policy(Protocol):
     """The policy as the exchange sees it; torch is behind this line."""
 
-    kl: float
-    """Current KL coefficient, without the rule's factor."""
+    @property
+    def kl(self) -> float:
+        """Current KL coefficient, without the rule's factor."""
 
     def sample(self, exchange: int) -> Sampled:
         """Write the texts of an exchange; the same exchange gives the same texts."""

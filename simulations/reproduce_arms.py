@@ -24,7 +24,9 @@ Settings = Mapping[str, Scalar]
 SCENARIO = "rewards"
 TASKS: dict[str, Settings] = {
     "letter": {"rewards.task": "letter"},
-    "order": {"rewards.task": "order"},
+    # An order is five draws where a letter is one: it takes more exchanges, and a smaller
+    # coefficient for an optimum as far from the base.
+    "order": {"rewards.task": "order", "ppo.kl": 0.1, "run.rounds": 30},
     "shares": {"rewards.task": "shares"},
 }
 CONTROLS = ("mean-over-n", "mean-kl-n", "placebo")
@@ -96,7 +98,15 @@ PARTS: dict[str, Part] = {
         why="at a small KL coefficient the optimum is far from the base: does PPO get there?",
         tasks=("letter", "order"),
         arms=(MEAN, REWEIGHTED, MIN),
-        by_task={"letter": {"ppo.kl": 0.1}, "order": {"ppo.kl": 0.05}},
+        by_task={
+            "letter": {"ppo.kl": 0.1},
+            "order": {
+                "ppo.kl": 0.05,
+                "run.rounds": 40,
+                "ppo.minibatches": 8,
+                "ppo.samples": 8,
+            },
+        },
     ),
     "shares": Part(
         title="The rules, with printed shares",

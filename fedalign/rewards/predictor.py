@@ -105,7 +105,7 @@ def cross_entropy_loss(prediction: Prediction, y: torch.Tensor, mask: torch.Tens
 
 
 Loss = Callable[[Prediction, torch.Tensor, torch.Tensor], torch.Tensor]
-LOSS: Loss = cross_entropy_loss
+LOSS: Loss = gaussian_loss
 """What training minimises; docs/predictor.md compares the two."""
 
 

@@ -106,7 +106,7 @@ def completion_logps(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the model's logits at the scored positions: (S, vocabulary), in the model's dtype.
 
-    Raises ``ConfigError`` as :func:`hidden_and_logits` does.
+    Raises ``ConfigError`` as :func:`logits_of` does.
     """
     return hidden_and_logits(network, batch)[1]
 
@@ -114,23 +114,34 @@ def logits_at(network: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def hidden_and_logits(network: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what enters the output head, and the logits, at the scored positions.
 
-    (S, width) and (S, vocabulary), both in the model's dtype.  Raises ``ConfigError`` for an
-    architecture that does not compute its logits with its output embedding module.
+    (S, width) and (S, vocabulary), both in the model's dtype.  Raises as :func:`logits_of` does.
+    """
+    return logits_of(network, batch.positions, input_ids=batch.rows, use_cache=False)
+
+
+def logits_of(
+    network: PreTrainedModel, positions: torch.Tensor, **inputs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the model on ``inputs``; return what enters the output head, and the logits.
+
+    Only at ``positions`` (S,) int64 into the flattened (R, T) tokens: (S, width) and (S,
+    vocabulary), both in the model's dtype.  Raises ``ConfigError`` for an architecture that does
+    not compute its logits with its output embedding module.
     """
     kept: list[torch.Tensor] = []
 
     def only_scored(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]  # (R, T, width)
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions)
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         kept.append(picked)
         return (picked.unsqueeze(0), *args[1:])
 
     handle = output_head(network).register_forward_pre_hook(only_scored)
     try:
-        logits = network(input_ids=batch.rows, use_cache=False).logits
+        logits = network(**inputs).logits
     finally:
         handle.remove()
-    if logits.shape[:2] != (1, len(batch.positions)):
+    if logits.shape[:2] != (1, len(positions)):
         raise ConfigError(
             f"{type(network).__name__} does not compute its logits with its output embedding "
             "module and cannot be used here. Use another architecture."

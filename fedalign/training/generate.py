@@ -10,9 +10,11 @@ model's generation settings name, since chat models end a turn with a token of t
 part of the text, or without one at its limit of new tokens.
 
 Prompts of a pass are padded on the left, with an attention mask and explicit positions, as the
-library's own generation does.  Draws come from one generator seeded by the caller, in the order of
-passes (prompts sorted by length); the global generators are not touched.  The same call gives the
-same texts on the same machine; a prompt's texts change with the company it is sampled in.
+library's own generation does.  Each text has its own uniform numbers, one a token, from a numpy
+generator seeded for its prompt; a number picks the token by inverting the distribution function
+(tokens in the order of their ids).  A prompt's texts therefore depend on its seed, its tokens and
+the adapter alone, not on the company it is sampled in, up to rounding of the logits; and two
+adapters sampled with one seed see the same random numbers.  No global generator is touched.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 
 from fedalign.errors import DataError, RunFailed
 from fedalign.models.base import ResidentModel
+from fedalign.randomness import keyed_seed
 from fedalign.training.batch import HEAD_VALUES, output_head
 from fedalign.training.encode import Ids
 
@@ -35,13 +38,15 @@ CACHE_TOKENS = 32_768
 """Tokens that the cache of one pass may hold (4 GiB for a model of 8 billion parameters with
 grouped queries); more texts go in several passes."""
 
+Uniforms = np.ndarray[Any, np.dtype[np.float64]]
+
 
 def generate(
     resident: ResidentModel,
     prompts: Sequence[Ids],
     samples: int,
     max_new_tokens: Sequence[int] | int,
-    seed: int,
+    seed: int | Sequence[int],
     stop_at_eos: bool = True,
     greedy: bool = False,
 ) -> list[tuple[Ids, bool]]:
@@ -54,7 +59,8 @@ def generate(
         samples: texts a prompt, at least 1.
         max_new_tokens: limit of a text's tokens, end-of-sequence included; one for all prompts or
             one for each.
-        seed: of the draws, made by ``keyed_seed``.
+        seed: of the draws, made by ``keyed_seed``; one for each prompt, or one for the call, from
+            which each place among the prompts gets its own.
         stop_at_eos: False goes on to the limit, and an end token counts as any other.
         greedy: take the most likely token instead of a draw (equal ones: the lowest id).
 
@@ -63,26 +69,29 @@ def generate(
     when logits are not finite.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    _check(resident, prompts, samples, limits)
+    seeds = (
+        [keyed_seed(seed, "prompt", place) for place in range(len(prompts))]
+        if isinstance(seed, int)
+        else seed
+    )
+    _check(resident, prompts, samples, limits, seeds)
     ends = end_tokens(resident) if stop_at_eos else frozenset()
-    distinct = {key: k for k, key in enumerate(dict.fromkeys(zip(prompts, limits, strict=True)))}
-    copies = np.bincount([distinct[key] for key in zip(prompts, limits, strict=True)], minlength=1)
-    draws = torch.Generator(resident.device).manual_seed(seed)
-    texts: list[list[tuple[Ids, bool]]] = [[] for _ in distinct]
-    keys = list(distinct)
+    places: dict[tuple[Ids, int], list[int]] = {}
+    for place, key in enumerate(zip(prompts, limits, strict=True)):
+        places.setdefault(key, []).append(place)
+    keys = list(places)
+    texts: dict[int, list[tuple[Ids, bool]]] = {}
     with torch.inference_mode():
-        for chosen in _passes(resident, keys, copies * samples):
-            rows = np.repeat(chosen, copies[chosen] * samples)
-            made = _sample(resident, keys, chosen, rows, ends, None if greedy else draws)
-            for row, text in zip(rows, made, strict=True):
-                texts[row].append(text)
-    # A prompt given twice has its samples drawn together and dealt out in order.
-    waiting = [iter(t) for t in texts]
-    return [
-        next(waiting[distinct[key]])
-        for key in zip(prompts, limits, strict=True)
-        for _ in range(samples)
-    ]
+        for chosen in _passes(resident, keys, [len(places[key]) * samples for key in keys]):
+            order = [place for k in chosen for place in places[keys[k]]]
+            copies = [len(places[keys[k]]) * samples for k in chosen]
+            uniforms = None
+            if not greedy:
+                uniforms = _uniforms([(seeds[p], limits[p]) for p in order], samples)
+            made = _sample(resident, [keys[k] for k in chosen], copies, ends, uniforms)
+            for row, place in enumerate(order):
+                texts[place] = made[row * samples : (row + 1) * samples]
+    return [text for place in range(len(prompts)) for text in texts[place]]
 
 
 def end_tokens(resident: ResidentModel) -> frozenset[int]:
@@ -93,23 +102,29 @@ def end_tokens(resident: ResidentModel) -> frozenset[int]:
     return frozenset(known)
 
 
+def _uniforms(draws: Sequence[tuple[int, int]], samples: int) -> Uniforms:
+    """Return numbers in [0, 1) for (seed, limit) of each prompt: (prompts * samples, tokens)."""
+    table = np.zeros((len(draws), samples, max(limit for _, limit in draws)))
+    for row, (seed, limit) in enumerate(draws):
+        table[row, :, :limit] = np.random.Generator(np.random.PCG64(seed)).random((samples, limit))
+    return table.reshape(len(draws) * samples, -1)
+
+
 def _sample(
     resident: ResidentModel,
     keys: Sequence[tuple[Ids, int]],
-    chosen: Sequence[int],
-    rows: np.ndarray[Any, Any],
+    copies: Sequence[int],
     ends: frozenset[int],
-    draws: torch.Generator | None,
+    uniforms: Uniforms | None,
 ) -> list[tuple[Ids, bool]]:
-    """Return one text a row; ``rows`` repeats each of ``chosen`` for its samples."""
+    """Return ``copies`` texts for each (prompt, limit); ``uniforms`` (texts, tokens), or greedy."""
     from transformers import DynamicCache
 
     network, device = resident.network, resident.device
-    width = max(len(keys[k][0]) for k in chosen)
-    table = np.zeros((len(chosen), width), dtype=np.int64)
+    width = max(len(ids) for ids, _ in keys)
+    table = np.zeros((len(keys), width), dtype=np.int64)
     mask = np.zeros_like(table)
-    for row, k in enumerate(chosen):
-        ids = keys[k][0]
+    for row, (ids, _) in enumerate(keys):
         table[row, width - len(ids) :] = ids
         mask[row, width - len(ids) :] = 1
     attention = torch.from_numpy(mask).to(device)
@@ -117,18 +132,18 @@ def _sample(
     # Given the configuration, the cache has the layers the model asks for (sliding windows).
     cache = DynamicCache(config=network.config)
     logits = _last_logits(network, torch.from_numpy(table).to(device), attention, positions, cache)
-    place = {k: row for row, k in enumerate(chosen)}
-    spread = torch.tensor([place[k] for k in rows], device=device)
+    spread = torch.from_numpy(np.repeat(np.arange(len(keys)), copies)).to(device)
     cache.batch_select_indices(spread)
     logits, attention, position = logits[spread], attention[spread], positions[spread, -1:]
-    limit = torch.tensor([keys[k][1] for k in rows], device=device)
+    limit = torch.tensor([limit for _, limit in keys], device=device)[spread]
     stops = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
-    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+    draws = None if uniforms is None else torch.from_numpy(uniforms).to(device)
+    alive = torch.ones(len(spread), dtype=torch.bool, device=device)
     columns: list[torch.Tensor] = []
-    lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    lengths = torch.zeros(len(spread), dtype=torch.int64, device=device)
     ended = torch.zeros_like(alive)
     while True:
-        token = _draw(logits, draws)
+        token = _draw(logits, None if draws is None else draws[:, len(columns)])
         columns.append(token)
         lengths += alive
         stopped = alive & torch.isin(token, stops)
@@ -146,12 +161,15 @@ def _sample(
     ]
 
 
-def _draw(logits: torch.Tensor, draws: torch.Generator | None) -> torch.Tensor:
-    """Return one token a row, (rows,) int64, from logits (rows, vocabulary)."""
-    if draws is None:
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Return one token a row, (rows,) int64, from logits (rows, vocabulary) and numbers (rows,)."""
+    if uniforms is None:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    return torch.multinomial(probabilities, 1, generator=draws).squeeze(1)
+    # In float64, or the sum over a large vocabulary would round rare tokens away.
+    below = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum_(dim=-1)
+    # The sum is 1 only up to rounding; a number times it stays under it.
+    target = uniforms.unsqueeze(1) * below[:, -1:]
+    return torch.searchsorted(below, target, right=True).squeeze(1)
 
 
 def _last_logits(
@@ -187,7 +205,7 @@ def _last_logits(
 
 
 def _passes(
-    resident: ResidentModel, keys: Sequence[tuple[Ids, int]], counts: np.ndarray[Any, Any]
+    resident: ResidentModel, keys: Sequence[tuple[Ids, int]], counts: Sequence[int]
 ) -> list[list[int]]:
     """Cut prompts, by length, into passes whose caches and logits fit in memory."""
     vocabulary = output_head(resident.network).weight.shape[0]
@@ -195,7 +213,7 @@ def _passes(
     passes: list[list[int]] = []
     rows = 0
     for k in order:
-        length, more = len(keys[k][0]) + keys[k][1], int(counts[k])  # the longest so far
+        length, more = len(keys[k][0]) + keys[k][1], counts[k]  # the longest so far
         fits = (rows + more) * length <= CACHE_TOKENS and (rows + more) * vocabulary <= HEAD_VALUES
         if passes and fits:
             passes[-1].append(k)
@@ -207,8 +225,14 @@ def _passes(
 
 
 def _check(
-    resident: ResidentModel, prompts: Sequence[Ids], samples: int, limits: Sequence[int]
+    resident: ResidentModel,
+    prompts: Sequence[Ids],
+    samples: int,
+    limits: Sequence[int],
+    seeds: Sequence[int],
 ) -> None:
+    if len(seeds) != len(prompts):
+        raise DataError(f"{len(prompts)} prompts, {len(seeds)} seeds; give one seed a prompt.")
     if samples < 1 or not prompts or len(limits) != len(prompts) or min(limits) < 1:
         raise DataError(
             f"{len(prompts)} prompts, {samples} samples, {len(limits)} limits from "

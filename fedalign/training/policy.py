@@ -10,8 +10,9 @@ same in narrow and wide models.
 One exchange: :func:`measure` runs the policy once and the reference once over the sampled texts;
 these log-probabilities and values are the old ones of every update.  :func:`improve` turns scores
 into advantages (``ppo.py``) and takes ``epochs`` passes over keyed minibatches that keep the texts
-of one prompt together.  Both collate the same way, so the first ratio is exactly 1, and texts of a
-prompt that share their rows (all one-letter answers) cost one row.
+of one prompt together.  Both lay texts out the same way, so the first ratio is exactly 1.  Texts of
+a prompt that share their row (all one-letter answers) cost one row; longer texts stand on the cache
+of a prompt that is computed once (``prefix.py``), except where activations are recomputed.
 
 AdamW without weight decay works on the flat buffer of the adapter and on the value head, with a
 learning rate for each; its moments go from exchange to exchange in the state
@@ -32,8 +33,9 @@ from fedalign.config import PpoConfig
 from fedalign.errors import DataError, RunFailed
 from fedalign.models.base import ResidentModel
 from fedalign.randomness import Key, generator
-from fedalign.training import ppo
-from fedalign.training.batch import Prompt, collate, hidden_and_logits, in_passes, output_head
+from fedalign.training import batch as plain
+from fedalign.training import ppo, prefix
+from fedalign.training.batch import Prompt, in_passes, output_head
 from fedalign.training.encode import Ids
 from fedalign.training.policy_state import (
     PolicyState,
@@ -101,19 +103,20 @@ def measure(resident: ResidentModel, state: PolicyState, episodes: Episodes) -> 
     head = torch.from_numpy(state.value_head).to(resident.device)
     groups, members = _by_prompt(episodes)
     mask = _mask(episodes)
+    shared = not resident.checkpointing and prefix.worth_sharing(groups)
     tables = {name: np.zeros(mask.shape, np.float32) for name in ("old", "ref", "value", "entropy")}
     for part in in_passes(groups, _vocabulary(resident), _by_length(groups)):
-        batch = collate([groups[g] for g in part], resident.device)
+        batch = _collate(resident, [groups[g] for g in part], shared)
         found: dict[str, torch.Tensor] = {}
         with torch.inference_mode():
-            hidden, logits = hidden_and_logits(resident.network, batch)
+            hidden, logits = _forward(resident, batch)
             found["value"] = _values(hidden, head)[batch.slot]
             logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             found["old"] = logps[batch.slot, batch.token]
             found["entropy"] = -(logps.exp() * logps).sum(dim=-1)[batch.slot]
             del hidden, logits, logps
             with resident.reference("base"):
-                logits = hidden_and_logits(resident.network, batch)[1]
+                logits = _forward(resident, batch)[1]
             logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             found["ref"] = logps[batch.slot, batch.token]
         texts = [k for g in part for k in members[g]]
@@ -285,9 +288,10 @@ def _accumulate(
     tokens = plan.mask[everyone].sum()
     totals: dict[str, torch.Tensor] = {}
     prompts = [groups[g] for g in chosen]
+    shared = not resident.checkpointing and prefix.worth_sharing(groups)
     for part in in_passes(prompts, _vocabulary(resident), _by_length(prompts)):
-        batch = collate([prompts[i] for i in part], resident.device)
-        hidden, logits = hidden_and_logits(resident.network, batch)
+        batch = _collate(resident, [prompts[i] for i in part], shared)
+        hidden, logits = _forward(resident, batch)
         logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[batch.slot, batch.token]
         texts = torch.tensor([k for i in part for k in members[chosen[i]]], device=logps.device)
         mask, old = plan.mask[texts], plan.old_logps[texts]
@@ -312,6 +316,22 @@ def _accumulate(
         for name, value in parts.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + share * value
     return {name: float(value) for name, value in totals.items()}
+
+
+def _collate(
+    resident: ResidentModel, prompts: Sequence[Prompt], shared: bool
+) -> plain.Batch | prefix.PrefixBatch:
+    """Return the batch of all texts of all prompts: on shared prompts, or in rows of their own."""
+    return (prefix.collate if shared else plain.collate)(prompts, resident.device)
+
+
+def _forward(
+    resident: ResidentModel, batch: plain.Batch | prefix.PrefixBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return hidden states (S, H) and logits (S, V) at the scored positions."""
+    if isinstance(batch, prefix.PrefixBatch):
+        return prefix.hidden_and_logits(resident.network, batch)
+    return plain.hidden_and_logits(resident.network, batch)
 
 
 def _minibatches(

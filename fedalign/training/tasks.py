@@ -84,22 +84,22 @@ def sample_texts(
 ) -> list[list[str]]:
     """Return ``samples`` texts for each (question, options), at temperature 1, in order.
 
-    The loaded adapter is sampled; call within ``resident.reference("base")`` for the base.  Each
-    question is sampled by itself with draws keyed by (seed, task, question, options): its texts do
-    not depend on the others, and two adapters are compared with the same random numbers.
+    The loaded adapter is sampled; call within ``resident.reference("base")`` for the base.  Draws
+    are keyed by (seed, task, question, options): a question's texts do not depend on the others
+    (but for rounding of the logits), and two adapters are compared with the same random numbers.
     """
-    drawn: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for question, options in items:
-        item = (question, tuple(options))
-        if item not in drawn:
-            texts = generate(
-                resident,
-                [task_prompt(resident, task, question, options)],
-                samples,
-                max_new_tokens(resident, task, options),
-                keyed_seed(seed, "texts", task, question, *options),
-            )
-            drawn[item] = [decode(resident, task, tokens, ended) for tokens, ended in texts]
+    distinct = list(dict.fromkeys((question, tuple(options)) for question, options in items))
+    if not distinct:
+        return []
+    texts = generate(
+        resident,
+        [task_prompt(resident, task, question, options) for question, options in distinct],
+        samples,
+        [max_new_tokens(resident, task, options) for _, options in distinct],
+        [keyed_seed(seed, "texts", task, question, *options) for question, options in distinct],
+    )
+    decoded = [decode(resident, task, tokens, ended) for tokens, ended in texts]
+    drawn = {item: decoded[n * samples : (n + 1) * samples] for n, item in enumerate(distinct)}
     return [list(drawn[(question, tuple(options))]) for question, options in items]
 
 

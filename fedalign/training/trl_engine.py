@@ -200,7 +200,8 @@ def _train_one(
     resident.load(job.adapter)
     rows = rows_of(job)
     order = islice(batches(len(rows), settings.batch_size, seed, job.key), job.steps)
-    trainer.train_dataset = datasets.Dataset.from_list([rows[k] for batch in order for k in batch])
+    shown = [rows[k] for batch in order for k in batch]
+    trainer.train_dataset = datasets.Dataset.from_list(shown)
     trainer.args.per_device_train_batch_size = min(settings.batch_size, len(rows))
     trainer._train_batch_size = trainer.args.per_device_train_batch_size
     trainer.args.learning_rate = job.learning_rate
@@ -223,11 +224,17 @@ def _train_one(
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "grad_norm": float(np.mean([float(entry["grad_norm"]) for entry in logs])),
+        "tokens": float(sum(map(_tokens, shown))),
     }
     summary |= {
         ours: float(np.mean([entry[theirs] for entry in logs])) for theirs, ours in METRICS.items()
     }
     return TrainResult(job.client, adapter, summary, len(losses), snapshots=keeper.kept)
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    """Return the tokens of a pair's two sequences: TRL runs each as a row of its own."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 def _snapshots(resident: ResidentModel) -> Any:

@@ -243,7 +243,8 @@ def _trainer(
                 processing_class=resident.tokenizer,
                 callbacks=[keeper],
             )
-            resident.peft.delete_adapter("ref")
+            if "ref" in resident.peft.peft_config:  # not made where beta is 0
+                resident.peft.delete_adapter("ref")
             resident.set_trainable()
             trainer.remove_callback(PrinterCallback)
             # Every train() collects garbage; what was imported need not be walked each time.

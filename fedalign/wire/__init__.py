@@ -10,7 +10,7 @@ score       per client and split: mean score, questions, option mass, score of a
             on test, when ``score.items`` is on: question keys (hashes) and their scores
 train       LoRA factors, float32 (k, P); validation score of the *received* adapter and its
             question count, option mass, uniform score; loss (mean, first, last), pairs, steps,
-            seconds
+            tokens, seconds
 personal    per client and stage: test score, question count, option mass; question scores as above
 exchange    per client: one reward and one code for each sampled text (``exchange.py``)
 predictor   per client: parameters of the preference predictor, float32 (k, P); losses, option

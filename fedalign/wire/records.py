@@ -211,3 +211,5 @@ class TrainReply:
     pairs: int = 0
     steps: int = 0
     seconds: float = 0.0
+    tokens: int = 0
+    """Tokens that went through the policy in training, generation included; no padding."""

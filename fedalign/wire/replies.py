@@ -128,6 +128,7 @@ def encode_train(replies: Sequence[TrainReply], updates: F32) -> RecordDict:
     metrics["pairs"] = [r.pairs for r in replies]
     metrics["steps"] = [r.steps for r in replies]
     metrics["seconds"] = [float(r.seconds) for r in replies]
+    metrics["tokens"] = [r.tokens for r in replies]
     config = ConfigRecord({"protocol": PROTOCOL, "clients": [r.client for r in replies]})
     return RecordDict(
         {
@@ -154,7 +155,7 @@ def decode_train(
         first, last = floats(m["loss-first"], k), floats(m["loss-last"], k)
         loss = floats(m["loss"], k)
         pairs, steps = ints(m["pairs"], k), ints(m["steps"], k)
-        seconds = floats(m["seconds"], k)
+        seconds, tokens = floats(m["seconds"], k), ints(m["tokens"], k)
     except (KeyError, TypeError, ValueError):
         raise WireError("bad-reply") from None
     replies = []
@@ -172,7 +173,16 @@ def decode_train(
             continue
         replies.append(
             TrainReply(
-                client, OK, score, loss[i], first[i], last[i], pairs[i], steps[i], seconds[i]
+                client,
+                OK,
+                score,
+                loss[i],
+                first[i],
+                last[i],
+                pairs[i],
+                steps[i],
+                seconds[i],
+                tokens[i],
             )
         )
     return replies, updates

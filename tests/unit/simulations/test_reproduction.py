@@ -17,7 +17,7 @@ from simulations import compare as comparing
 from simulations import scenario
 from simulations.cli import app as command
 from simulations.reproduce import Planned, plan, reproduce
-from simulations.reproduce_arms import DEFAULT_PARTS, KL_TARGET, PARTS, arms_of, choose
+from simulations.reproduce_arms import DEFAULT_PARTS, KL_TARGET, PARTS, TASKS, arms_of, choose
 from simulations.reproduction_claims import (
     CLAIMS,
     FAILS,
@@ -218,7 +218,7 @@ def test_parts_set_what_they_say(tmp_path: Path) -> None:
         runs = plan(BASE_CONFIG, [part], 1, tmp_path, {})
         return next(r.config for r in runs if (r.task, r.arm) == (task, arm))
 
-    kl = BASE_CONFIG.ppo.kl
+    kl = float(TASKS["order"]["ppo.kl"])
     assert of("oracle", "letter", "min").ppo.kl == 0.1
     assert of("oracle", "order", "min").ppo.kl == 0.05
     assert of("kl", "order", "literal, kl x .5").ppo.kl == pytest.approx(kl / 2)

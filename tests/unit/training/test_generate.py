@@ -72,6 +72,49 @@ def test_draws_follow_the_models_probabilities(resident, tiny) -> None:
         assert chisquare(seen, hoped).pvalue > 1e-3
 
 
+def test_a_number_picks_the_token_by_the_distribution_function() -> None:
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.25, 0.5, 0.0]])).expand(6, 5)
+    numbers = [0.0, 0.2499, 0.25, 0.4999, 0.5, float(np.nextafter(1.0, 0.0))]
+    picked = module._draw(logits, torch.tensor(numbers, dtype=torch.float64))
+    assert picked.tolist() == [1, 1, 2, 2, 3, 3]  # never one of probability zero
+
+
+def test_the_last_number_below_one_picks_a_token_of_the_vocabulary() -> None:
+    draws = torch.randn(200, 997, generator=torch.Generator().manual_seed(0))
+    last = torch.full((200,), float(np.nextafter(1.0, 0.0)), dtype=torch.float64)
+    assert module._draw(draws, last).max() == 996
+    assert module._draw(draws, torch.zeros(200, dtype=torch.float64)).tolist() == [0] * 200
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_texts_of_a_prompt_depend_on_its_own_seed_alone(kind, tiny, tmp_path, monkeypatch) -> None:
+    folder = tiny.save(kind, tmp_path / kind)
+    resident = ResidentModel(ModelConfig(name=str(folder), rank=4, alpha=8.0, device="cpu"))
+    resident.load(tiny.start(resident, b=0.3))
+    seeds, limits = [11, 12, 13, 14], [6, 3, 6, 5]
+    together = generate(resident, PROMPTS, 5, limits, seeds, stop_at_eos=False)
+    for k in range(4):
+        alone = generate(resident, [PROMPTS[k]], 5, limits[k], [seeds[k]], stop_at_eos=False)
+        assert together[5 * k : 5 * k + 5] == alone
+        fewer = generate(resident, [PROMPTS[k]], 2, limits[k], [seeds[k]], stop_at_eos=False)
+        assert fewer == alone[:2]
+    backwards = generate(resident, PROMPTS[::-1], 5, limits[::-1], seeds[::-1], stop_at_eos=False)
+    assert backwards == [t for k in (3, 2, 1, 0) for t in together[5 * k : 5 * k + 5]]
+    monkeypatch.setattr(module, "CACHE_TOKENS", 30)
+    assert generate(resident, PROMPTS, 5, limits, seeds, stop_at_eos=False) == together
+
+
+def test_a_prompt_given_again_has_the_texts_of_its_seed(resident, tiny) -> None:
+    resident.load(tiny.start(resident, b=0.3))
+    prompt = PROMPTS[0]
+    texts = generate(resident, [prompt] * 4, 3, 6, [1, 2, 1, 3], stop_at_eos=False)
+    one, two, again, three = (texts[3 * k : 3 * k + 3] for k in range(4))
+    assert one == again == generate(resident, [prompt], 3, 6, [1], stop_at_eos=False)
+    assert one != two != three != one
+    by_place = generate(resident, [prompt] * 2, 3, 6, 1, stop_at_eos=False)
+    assert by_place[:3] != by_place[3:]
+
+
 def test_greedy_is_the_argmax_of_every_step(resident, tiny) -> None:
     resident.load(tiny.start(resident, b=0.3))
     texts = generate(resident, PROMPTS, 1, 6, 0, stop_at_eos=False, greedy=True)
@@ -155,6 +198,8 @@ def test_what_cannot_be_written_is_refused(resident, tiny) -> None:
     ):
         with pytest.raises(DataError, match="at least 1"):
             generate(resident, prompts, samples, limit, 0)
+    with pytest.raises(DataError, match="4 prompts, 2 seeds"):
+        generate(resident, PROMPTS, 1, 1, [0, 1])
     with pytest.raises(DataError, match="no tokens"):
         generate(resident, [()], 1, 1, 0)
     with pytest.raises(DataError, match=r"longer than 128, from model\.max-length"):

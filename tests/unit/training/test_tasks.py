@@ -17,6 +17,7 @@ from fedalign.models.base import ResidentModel
 from fedalign.models.formats import order_prompt, shares_prompt
 from fedalign.rewards.text import parse
 from fedalign.training.examples import survey_prompt
+from fedalign.training.generate import generate
 from fedalign.training.score import score_survey
 from fedalign.training.tasks import (
     answer_logps,
@@ -189,12 +190,23 @@ def test_the_pocket_writes_well_formed_answers(pocket) -> None:
         assert np.mean(formed) > 0.9
 
 
-def test_texts_of_a_question_do_not_depend_on_the_others(pocket) -> None:
-    question, options = pocket_question()
-    other = ("Build it?", ("agree", "disagree"))
-    together = sample_texts(pocket, "order", [other, (question, options), other], 5, seed=1)
-    alone = sample_texts(pocket, "order", [(question, options)], 5, seed=1)
-    assert together[1] == alone[0]
-    assert together[0] == together[2]
-    assert sample_texts(pocket, "order", [(question, options)], 5, seed=2) != alone
+def test_texts_of_a_question_do_not_depend_on_the_others(pocket, monkeypatch) -> None:
+    from fedalign.data.synthetic import generate as synthetic
+    from fedalign.training import tasks
+
+    calls: list[int] = []
+
+    def counted(resident, prompts, *more):
+        calls.append(len(prompts))
+        return generate(resident, prompts, *more)
+
+    monkeypatch.setattr(tasks, "generate", counted)
+    items = [(i.question, i.options) for i in synthetic("default", 0).items[:12]]
+    for task in ("letter", "shares", "order"):
+        together = sample_texts(pocket, task, [*items, items[0]], 8, seed=1)
+        assert calls == [12]  # all questions in one call, each once
+        assert together[12] == together[0]
+        assert together[:12] == [sample_texts(pocket, task, [i], 8, seed=1)[0] for i in items]
+        assert together[:12] != sample_texts(pocket, task, items, 8, seed=2)
+        calls.clear()
     assert sample_texts(pocket, "order", [], 5, seed=1) == []
