@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from clients.resident import usable_clients
-from clients.sampled_scores import sampled_scores
+from clients.scores import Scorer
 from clients.store import keep_personal_adapter
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
@@ -35,9 +35,7 @@ from fedalign.config import (
     config_hash,
     resolve_metric,
 )
-from fedalign.data.records import Item, Pair, SurveyItem
-from fedalign.errors import WireError
-from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
+from fedalign.data.records import SurveyItem
 from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
 from fedalign.randomness import Key
@@ -45,7 +43,6 @@ from fedalign.training.examples import TrainingSet, training_set
 from fedalign.training.local_ppo import PolicyJob, train_ppo
 from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
 from fedalign.training.reference import ReferenceKind, reference_kind, reference_logps
-from fedalign.training.score import pair_prompts, score_pairs, score_survey
 
 if TYPE_CHECKING:
     from clients.predictor import PredictorSite
@@ -85,7 +82,7 @@ class ResidentTrainer:
         )
         self._kind: ReferenceKind = reference_kind(self.model, config.local)
         self._prepared: dict[str, _Prepared] = {}
-        self._pair_references: dict[tuple[str, str], Array | None] = {}
+        self.scorer = Scorer(self.model, config, self.clients, self.metric, self._kind)
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -111,7 +108,7 @@ class ResidentTrainer:
         known, unknown = self._sort_out(names)
         self.model.load(adapter)
         tasks = [(c, split) for c in known for split in splits]
-        found = self._scores(tasks)
+        found = self.scorer.scores(tasks)
         replies = {c: dict[str, wire.Score]() for c in known}
         for (client, split), score in found.items():
             if score is not None:
@@ -127,7 +124,7 @@ class ResidentTrainer:
         """Score the received adapter on validation, then train every client from it."""
         known, unknown = self._sort_out(names)
         self.model.load(adapter)
-        scores = self._scores([(c, "validation") for c in known])
+        scores = self.scorer.scores([(c, "validation") for c in known])
         local = self.config.local
         if local.objective != "dpo":
             local = replace(local, learning_rate=self.config.ppo.learning_rate)
@@ -204,7 +201,7 @@ class ResidentTrainer:
             scores = {}
             for stage in stages:
                 self.model.load(adapters[stage])
-                score = self._scores([(name, "test")])[(name, "test")]
+                score = self.scorer.scores([(name, "test")])[(name, "test")]
                 if score is not None:
                     scores[stage] = score
             replies.append(wire.ScoreReply(name, wire.OK, scores))
@@ -293,104 +290,6 @@ class ResidentTrainer:
             adapters["local_only_total"] = results[1].adapter
         return adapters
 
-    def _scores(self, tasks: Sequence[tuple[str, str]]) -> dict[tuple[str, str], wire.Score | None]:
-        """Score the loaded adapter; None where a client has no question of a split."""
-        if self.config.rewards.task != "letter":
-            return self._text_scores(tasks)
-        if self.form == "survey":
-            return self._survey_scores(tasks)
-        return {(c, split): self._pair_score(c, split) for c, split in tasks}
-
-    def _text_scores(
-        self, tasks: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], wire.Score | None]:
-        """Score texts that the loaded adapter writes."""
-        asked = {}
-        for task in tasks:
-            own = [
-                i
-                for i in self._items(*task)
-                if isinstance(i, SurveyItem) and is_defined(self.metric, i.ordinals)
-            ]
-            asked[task] = (self.clients[task[0]].group, own)
-        found: dict[tuple[str, str], wire.Score | None] = {}
-        for task, made in sampled_scores(self.model, self.config, self.metric, asked).items():
-            if made is None:
-                found[task] = None
-                continue
-            score, values = made
-            items = self._reported(task[1], [i.key for i in asked[task][1]], values)
-            found[task] = replace(score, items=items)
-        return found
-
-    def _survey_scores(
-        self, tasks: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], wire.Score | None]:
-        """Each distinct question goes through the model once, whoever asks it."""
-        items = {t: [i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks}
-        # By text, not by key: keys fold case and white space, which a model does not.
-        distinct = list(
-            dict.fromkeys((i.question, i.options) for own in items.values() for i in own)
-        )
-        answers = dict(zip(distinct, score_survey(self.model, distinct), strict=True))
-        found: dict[tuple[str, str], wire.Score | None] = {}
-        for task, own in items.items():
-            group = self.clients[task[0]].group
-            own = [i for i in own if is_defined(self.metric, i.ordinals)]
-            if not own:
-                found[task] = None
-                continue
-            truth = [i.shares[group] for i in own]
-            ordinals = [i.ordinals for i in own]
-            found_answers = [answers[(i.question, i.options)] for i in own]
-            predicted = [a.probabilities for a in found_answers]
-            even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
-            values = _defined(score_questions(self.metric, predicted, truth, ordinals))
-            found[task] = wire.Score(
-                score=float(np.mean(values)),
-                n=len(values),
-                option_mass=float(np.mean([a.option_mass for a in found_answers])),
-                uniform=float(
-                    np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))
-                ),
-                items=self._reported(task[1], [i.key for i in own], values),
-            )
-        return found
-
-    def _pair_score(self, client: str, split: str) -> wire.Score | None:
-        pairs = [p for p in self._items(client, split) if isinstance(p, Pair)]
-        if not pairs:
-            return None
-        key = (client, split)
-        if key not in self._pair_references:
-            loaded = self.model.read()
-            prompts = pair_prompts(self.model, pairs)
-            self._pair_references[key] = reference_logps(self.model, prompts, self._kind)
-            self.model.load(loaded)
-        margins = score_pairs(self.model, pairs, self.config.local, self._pair_references[key])
-        values = [float(v) for v in pair_accuracy(margins, [p.vote_share for p in pairs])]
-        return wire.Score(
-            score=float(np.mean(values)),
-            n=len(values),
-            option_mass=1.0,
-            uniform=0.5,
-            items=self._reported(split, [p.comparison for p in pairs], values),
-        )
-
-    def _reported(
-        self, split: str, keys: Sequence[str], values: Sequence[float]
-    ) -> tuple[tuple[str, float], ...]:
-        """Per-question scores leave on test only, and only when the run asks for them."""
-        if split != "test" or not self.config.score.items:
-            return ()
-        by_key: dict[str, list[float]] = {}
-        for k, v in zip(keys, values, strict=True):
-            by_key.setdefault(k, []).append(v)
-        return tuple((k, float(np.mean(v))) for k, v in by_key.items())
-
-    def _items(self, client: str, split: str) -> tuple[Item, ...]:
-        return self.clients[client].split(split)
-
     def _upload_mask(self) -> np.ndarray:
         sent = {name for name, _ in self.manifest.upload}
         return np.concatenate(
@@ -409,13 +308,6 @@ def resident_trainer(config: Config) -> ResidentTrainer:
 
 
 _last: dict[str, object] = {}
-
-
-def _defined(values: Sequence[float | None]) -> list[float]:
-    out = [v for v in values if v is not None]
-    if len(out) != len(values):
-        raise WireError("score_undefined")
-    return out
 
 
 def _version(name: str) -> str:

@@ -167,7 +167,7 @@ def reproduce(
     Writes reproduction.md, .json and .svg. The default parts take about an hour on two cores.
     """
     from simulations.reproduce import reproduce as run
-    from simulations.reproduce_arms import choose
+    from simulations.reproduce_parts import choose
 
     path = run(
         out.expanduser().resolve(),

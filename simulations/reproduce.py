@@ -22,7 +22,8 @@ from fedalign.config import Config, Scalar, from_flat
 from fedalign.errors import ConfigError
 from simulations import scenario as scenarios
 from simulations.compare import Task, finished, in_folder, run_all
-from simulations.reproduce_arms import PARTS, SCENARIO, Part, arm_config, arms_of
+from simulations.reproduce_arms import SCENARIO, Part, arm_config, arms_of
+from simulations.reproduce_parts import PARTS
 
 OF_THE_STUDY = ("run.rounds", "personal.steps", "score.seen")
 """Settings of the study of real data that belong to adapter federation and are not taken over."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedalign.config import Config
 from simulations.comparison_report import mean_cell
-from simulations.reproduce_arms import PARTS
+from simulations.reproduce_parts import PARTS
 from simulations.reproduction_claims import POPULATIONS, text
 from simulations.reproduction_published import REVIEWS, TABLES, UNSET, Table
 from simulations.reproduction_values import ArmResult, Key, Study, difference, with_base

@@ -17,7 +17,8 @@ from fedalign.metrics.intervals import Interval
 from simulations import reproduction_context as context
 from simulations.comparison_report import mean_cell, write_text
 from simulations.reproduce import Planned
-from simulations.reproduce_arms import CONTROLS, PARTS, arms_of
+from simulations.reproduce_arms import CONTROLS, arms_of
+from simulations.reproduce_parts import PARTS
 from simulations.reproduction_claims import (
     SMALLEST,
     Verdict,

@@ -20,7 +20,7 @@ adapters sampled with one seed see the same random numbers.  No global generator
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ import torch
 from fedalign.errors import DataError, RunFailed
 from fedalign.models.base import ResidentModel
 from fedalign.randomness import keyed_seed
-from fedalign.training.batch import HEAD_VALUES, output_head
+from fedalign.training.batch import HEAD_VALUES, logits_of, output_head
 from fedalign.training.encode import Ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from fedalign.training.prefix import left_padded, prefill
 
 CACHE_TOKENS = 32_768
 """Tokens that the cache of one pass may hold (4 GiB for a model of 8 billion parameters with
@@ -118,23 +116,14 @@ def _sample(
     uniforms: Uniforms | None,
 ) -> list[tuple[Ids, bool]]:
     """Return ``copies`` texts for each (prompt, limit); ``uniforms`` (texts, tokens), or greedy."""
-    from transformers import DynamicCache
-
     network, device = resident.network, resident.device
-    width = max(len(ids) for ids, _ in keys)
-    table = np.zeros((len(keys), width), dtype=np.int64)
-    mask = np.zeros_like(table)
-    for row, (ids, _) in enumerate(keys):
-        table[row, width - len(ids) :] = ids
-        mask[row, width - len(ids) :] = 1
-    attention = torch.from_numpy(mask).to(device)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    # Given the configuration, the cache has the layers the model asks for (sliding windows).
-    cache = DynamicCache(config=network.config)
-    logits = _last_logits(network, torch.from_numpy(table).to(device), attention, positions, cache)
+    prefixes = left_padded([ids for ids, _ in keys], device)
+    _, logits, cache = prefill(network, prefixes)
     spread = torch.from_numpy(np.repeat(np.arange(len(keys)), copies)).to(device)
     cache.batch_select_indices(spread)
-    logits, attention, position = logits[spread], attention[spread], positions[spread, -1:]
+    logits, attention = logits[spread], prefixes.attention[spread]
+    position = prefixes.positions[spread, -1:]
+    every = torch.arange(len(spread), device=device)
     limit = torch.tensor([limit for _, limit in keys], device=device)[spread]
     stops = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     draws = None if uniforms is None else torch.from_numpy(uniforms).to(device)
@@ -143,6 +132,11 @@ def _sample(
     lengths = torch.zeros(len(spread), dtype=torch.int64, device=device)
     ended = torch.zeros_like(alive)
     while True:
+        if not bool(torch.isfinite(logits).all()):
+            raise RunFailed(
+                "the policy's logits are not finite while it writes. Lower ppo.learning-rate, or "
+                "run with model.dtype = float32."
+            )
         token = _draw(logits, None if draws is None else draws[:, len(columns)])
         columns.append(token)
         lengths += alive
@@ -153,7 +147,15 @@ def _sample(
             break
         attention = torch.cat([attention, torch.ones_like(position)], dim=1)
         position = position + 1
-        logits = _last_logits(network, token.unsqueeze(1), attention, position, cache)
+        _, logits = logits_of(
+            network,
+            every,
+            input_ids=token.unsqueeze(1),
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
     tokens = torch.stack(columns, dim=1).tolist()
     return [
         (tuple(row[:length]), end)
@@ -170,38 +172,6 @@ def _draw(logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
     # The sum is 1 only up to rounding; a number times it stays under it.
     target = uniforms.unsqueeze(1) * below[:, -1:]
     return torch.searchsorted(below, target, right=True).squeeze(1)
-
-
-def _last_logits(
-    network: PreTrainedModel,
-    tokens: torch.Tensor,
-    attention: torch.Tensor,
-    positions: torch.Tensor,
-    cache: Any,
-) -> torch.Tensor:
-    """Return the logits after the last column, (rows, vocabulary); the cache grows."""
-
-    def only_last(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, -1:], *args[1:])
-
-    handle = output_head(network).register_forward_pre_hook(only_last)
-    try:
-        logits: torch.Tensor = network(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-    finally:
-        handle.remove()
-    last = logits[:, -1]
-    if not bool(torch.isfinite(last).all()):
-        raise RunFailed(
-            "the policy's logits are not finite while it writes. Lower ppo.learning-rate, or run "
-            "with model.dtype = float32."
-        )
-    return last
 
 
 def _passes(

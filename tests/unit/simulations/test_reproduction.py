@@ -17,7 +17,8 @@ from simulations import compare as comparing
 from simulations import scenario
 from simulations.cli import app as command
 from simulations.reproduce import Planned, plan, reproduce
-from simulations.reproduce_arms import DEFAULT_PARTS, KL_TARGET, PARTS, TASKS, arms_of, choose
+from simulations.reproduce_arms import KL_TARGET, TASKS, arms_of
+from simulations.reproduce_parts import DEFAULT_PARTS, PARTS, choose
 from simulations.reproduction_claims import (
     CLAIMS,
     FAILS,

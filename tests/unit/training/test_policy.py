@@ -101,7 +101,7 @@ def test_with_b_zero_policy_and_reference_are_the_same_bits(resident, tiny) -> N
     assert np.abs(got.old_logps[got.mask]).min() > 0
 
 
-@pytest.mark.parametrize(("minibatches", "tolerance"), [(1, 0.0), (2, 1e-6)])
+@pytest.mark.parametrize(("minibatches", "tolerance"), [(1, 0.0), (2, 1e-5)])
 def test_the_first_ratio_is_one(resident, tiny, monkeypatch, minibatches, tolerance) -> None:
     """Bit for bit where the minibatch has the shape of the measuring pass."""
     differences: list[float] = []
