@@ -1,6 +1,7 @@
 """Speed of one PPO exchange: sampling, measuring, updating, on the pocket or a random Llama.
 
     python benchmarks/ppo_speed.py                                   # the pocket, one thread
+    python benchmarks/ppo_speed.py --samples 8 --minibatches 8
     python benchmarks/ppo_speed.py --llama 1b --device cuda --dtype bfloat16
 
 Prints one JSON line and a table.  The three phases are timed in turns in one process, each the
@@ -112,6 +113,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=4, help="texts a prompt")
+    parser.add_argument("--minibatches", type=int, default=4, help="of 16 prompts")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -134,7 +137,9 @@ def main() -> None:
 
 def phases(given: argparse.Namespace, resident: ResidentModel) -> dict[str, dict[str, float]]:
     """Return seconds, text tokens and operations of each phase."""
-    settings = PpoConfig(max_clip_fraction=1.0)
+    settings = PpoConfig(
+        samples=given.samples, minibatches=given.minibatches, max_clip_fraction=1.0
+    )
     adapter = pack(initial_adapter(dict(resident.layout), 0), resident.layout)
     state = start(resident, adapter, settings, settings.kl)
     rng = np.random.default_rng(0)
@@ -205,6 +210,8 @@ def print_result(
         "checkpointing": resident.checkpointing,
         "prompt_tokens": given.prompt_tokens,
         "new_tokens": given.new_tokens,
+        "samples": given.samples,
+        "minibatches": given.minibatches,
         "exchange_seconds": round(total, 4),
         "peak_memory_bytes": peak,
         "matmul_rate": rate,

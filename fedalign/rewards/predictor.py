@@ -17,8 +17,9 @@ The loss is the mean over all real target tokens of the Gaussian negative log-li
 Where we deviate from the published code: padding is an explicit mask and does not count in the
 mean; normalisation stands before attention and feed-forward instead of after; the embedding is
 normalised on entry (layer normalisation without parameters), because the width of a base's hidden
-states differs by orders of magnitude between models; std is held in [exp(-4), exp(2)], since
-without noise in the answers the likelihood has no bound; the MLPs have two linear maps.
+states differs by orders of magnitude between models; y enters times SHARE_SCALE; std is held in
+[exp(-4), exp(2)], since without noise in the answers the likelihood has no bound; the MLPs have two
+linear maps; query and key maps start equal (``predictor_parameters.py``).
 """
 
 from __future__ import annotations
