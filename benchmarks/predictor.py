@@ -48,7 +48,6 @@ from fedalign.metrics.alignment import jsd
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array, pack, unpack
 from fedalign.rewards.embedding import Embedder
-from fedalign.rewards.predictor import LOSS, Loss, cross_entropy_loss
 from fedalign.rewards.predictor_parameters import MATCH, initial_predictor, layout
 from fedalign.training.predictor_fit import (
     Answered,
@@ -141,7 +140,6 @@ def federated(
     members: Sequence[str],
     settings: PredictorConfig,
     seed: int,
-    loss: Loss = LOSS,
     start: Callable[[PredictorConfig, int, int], Array] = initial_predictor,
 ) -> Array:
     """Return the parameters after all rounds over the groups named."""
@@ -149,8 +147,7 @@ def federated(
     shapes, flat = layout(settings, dim), start(settings, dim, seed)
     for round_ in range(1, settings.rounds + 1):
         found = [
-            fit(flat, shapes, groups[g]["train"], settings, seed, g, round_, loss).flat
-            for g in members
+            fit(flat, shapes, groups[g]["train"], settings, seed, g, round_).flat for g in members
         ]
         if any(f is None for f in found):
             raise RuntimeError(f"round {round_}: a group's training was not finite")
@@ -203,21 +200,23 @@ def baselines(groups: Groups, group: str, settings: PredictorConfig, seed: int) 
 
 def variants(seeds: int, settings: PredictorConfig) -> dict[str, dict[str, list[float]]]:
     """Return, for each variant, the errors of each group over seeds."""
+    ours = replace(settings, loss="cross-entropy")
+    settings = replace(settings, loss="gaussian")
     one_step = replace(settings, rounds=settings.rounds * settings.steps, steps=1)
-    arms: dict[str, tuple[Embed, PredictorConfig, Loss, Callable[..., Array]]] = {
-        "as is": (usual, settings, LOSS, initial_predictor),
-        "cross-entropy loss (ours)": (usual, settings, cross_entropy_loss, initial_predictor),
-        "keys start on their own": (usual, settings, LOSS, plain_start),
-        "one mean, options not listed (published)": (published, settings, LOSS, initial_predictor),
-        "one mean, options listed": (one_mean, settings, LOSS, initial_predictor),
-        "averaged after every step": (usual, one_step, LOSS, initial_predictor),
+    arms: dict[str, tuple[Embed, PredictorConfig, Callable[..., Array]]] = {
+        "Gaussian loss (published)": (usual, settings, initial_predictor),
+        "cross-entropy loss (ours)": (usual, ours, initial_predictor),
+        "keys start on their own": (usual, settings, plain_start),
+        "one mean, options not listed (published)": (published, settings, initial_predictor),
+        "one mean, options listed": (one_mean, settings, initial_predictor),
+        "averaged after every step": (usual, one_step, initial_predictor),
     }
     found: dict[str, dict[str, list[float]]] = {}
-    for name, (embed, arm, loss, start) in arms.items():
+    for name, (embed, arm, start) in arms.items():
         began = time.process_time()
         for seed in range(seeds):
             groups = world(seed, embed)
-            flat = federated(groups, sorted(groups), arm, seed, loss, start)
+            flat = federated(groups, sorted(groups), arm, seed, start)
             for g in sorted(groups):
                 value = error(flat, groups, g, arm, seed)
                 found.setdefault(name, {}).setdefault(g, []).append(value)

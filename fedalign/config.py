@@ -242,7 +242,7 @@ class PpoConfig:
     """Nats a text at which a controller holds the divergence by moving ``kl``; 0 keeps ``kl``."""
     questions: int = 16
     """Questions in a minibatch."""
-    samples: int = 4
+    samples: int = 8
     """Texts sampled for each question."""
     minibatches: int = 4
     """Minibatches in one exchange (or one local batch)."""
@@ -274,7 +274,7 @@ class PpoConfig:
 class PredictorConfig:
     """The federated preference predictor: answers of a group to questions it never answered."""
 
-    rounds: int = 30
+    rounds: int = 60
     """Rounds of federated averaging before it is frozen."""
     steps: int = 8
     """Local optimiser steps a round."""
@@ -284,11 +284,13 @@ class PredictorConfig:
     """Layers of the transformer."""
     heads: int = 4
     """Attention heads."""
-    context: int = 20
+    context: int = 60
     """Questions of the group that a prediction is made from."""
-    targets: int = 20
+    targets: int = 40
     """Questions predicted in one training step."""
-    learning_rate: float = 0.001
+    loss: str = "cross-entropy"
+    """``cross-entropy`` (ours) or ``gaussian`` (published)."""
+    learning_rate: float = 0.002
     """AdamW learning rate, with a cosine over all steps of all rounds."""
 
 

@@ -53,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rewards.task": TASKS,
     "rewards.score": ("auto", "log", "share", *SHARES_METRICS, *ORDER_METRICS),
     "rewards.rule": REWARD_RULES,
+    "predictor.loss": ("cross-entropy", "gaussian"),
     "site.answers": ("shares", "predictor", "both"),
     "score.metric": ("auto", *SURVEY_METRICS, "pair_accuracy", *ORDER_METRICS),
 }

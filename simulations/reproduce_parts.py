@@ -40,7 +40,6 @@ PARTS: dict[str, Part] = {
                 "ppo.kl": 0.05,
                 "run.rounds": 40,
                 "ppo.minibatches": 8,
-                "ppo.samples": 8,
             },
         },
     ),

@@ -106,8 +106,8 @@ def cross_entropy_loss(prediction: Prediction, y: torch.Tensor, mask: torch.Tens
 
 
 Loss = Callable[[Prediction, torch.Tensor, torch.Tensor], torch.Tensor]
-LOSS: Loss = gaussian_loss
-"""What training minimises; docs/predictor.md compares the two."""
+LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy_loss, "gaussian": gaussian_loss}
+"""What training minimises, by ``predictor.loss``; docs/predictor.md compares the two."""
 
 
 def _embed(weights: Weights, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from fedalign.errors import DataError
 from fedalign.metrics.alignment import score_questions
 from fedalign.models.layout import Array, Layout
 from fedalign.randomness import Key, generator
-from fedalign.rewards.predictor import LOSS, Loss, predict, unpack
+from fedalign.rewards.predictor import LOSSES, predict, unpack
 
 MAX_NORM = 1.0
 """Gradients are clipped to this global norm."""
@@ -61,7 +61,6 @@ def fit(
     seed: int,
     client: str,
     round_: int,
-    loss_of: Loss = LOSS,
 ) -> Fitted:
     """Train from ``flat`` (P,) for ``predictor.steps`` steps; round 1 is the first.
 
@@ -77,7 +76,7 @@ def fit(
         x, y, mask = _targets(targets)
         optimiser.zero_grad(set_to_none=True)
         prediction = predict(unpack(weights, layout), settings, context_of(context), x, mask)
-        loss = loss_of(prediction, y, mask)
+        loss = LOSSES[settings.loss](prediction, y, mask)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([weights], MAX_NORM)
         losses.append(float(loss.detach()))

@@ -86,13 +86,13 @@ def centralised(groups: dict[str, list[Answered]], settings: PredictorConfig) ->
 def gradient(
     flat: np.ndarray, own: list[Answered], settings: PredictorConfig, name: str, step: int
 ) -> torch.Tensor:
-    from fedalign.rewards.predictor import LOSS, predict, unpack
+    from fedalign.rewards.predictor import LOSSES, predict, unpack
     from fedalign.training.predictor_fit import _targets, context_of
 
     weights = torch.from_numpy(flat.copy()).requires_grad_(True)
     context, targets = draw(own, settings, 0, (name, step, 0))
     x, y, mask = _targets(targets)
-    LOSS(
+    LOSSES[SMALL.loss](
         predict(unpack(weights, LAYOUT), settings, context_of(context), x, mask), y, mask
     ).backward()
     found = weights.grad
