@@ -145,6 +145,9 @@ class ReferenceRow:
     index of the reference is one row with ``group=""`` and ``quantity="fairness_index"``.  A
     reference that is not defined is one row with ``group=""``, ``value=None`` and the reason as
     ``note``.
+
+    Name ``closed_form`` holds what a reward run is measured by, with ``group=""``: quantities
+    ``jsd_base``, ``jsd_model``, ``closed``, ``kl_model``, ``kl_optimum`` and ``mass``.
     """
 
     name: str

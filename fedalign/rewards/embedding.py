@@ -55,14 +55,11 @@ class Embedder:
         prefix, and for an embedding that is not finite.
         """
         keys = [(question, tuple(options)) for question, options in items]
-        new = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if new:
-            rows = [_rows(self.resident, *key) for key in new]
-            vectors = self._means([row for question in rows for row in question])
-            at = 0
-            for key, own in zip(new, rows, strict=True):
-                block = vectors[at : at + len(own)]
-                at += len(own)
+        for key in dict.fromkeys(keys):
+            if key not in self._known:
+                # A question goes through the base alone: its embedding is then the same to the
+                # last bit on every node, whatever else that node embeds.
+                block = self._means(_rows(self.resident, *key))
                 if not np.isfinite(block).all():
                     raise DataError(f"the base's embedding of '{key[0][:60]}' is not finite.")
                 self._known[key] = block

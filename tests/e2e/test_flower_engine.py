@@ -97,6 +97,28 @@ def test_engine_gives_the_same_bits_as_the_grid(
     assert rows == expected_rows
 
 
+def test_a_reward_run_gives_the_same_bits(command: Command, tmp_path: Path) -> None:
+    settings = {
+        "run__mode": "rewards",
+        "rewards__task": "order",
+        "ppo__questions": "4",
+        "ppo__minibatches": "2",
+        "site__answers": "both",
+        "predictor__rounds": "2",
+        "predictor__width": "8",
+        "score__samples": "2",
+        "personal__steps": "0",
+    }
+    for engine in ("inprocess", "flower"):
+        arguments = ("--engine", engine, "--nodes", "2", "--out", str(tmp_path / engine))
+        done = fedalign(command, tmp_path, *arguments, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+    adapter, rows = outcome(tmp_path / "flower")
+    expected, expected_rows = outcome(tmp_path / "inprocess")
+    assert np.array_equal(adapter, expected)
+    assert rows == expected_rows
+
+
 def test_failed_run_exits_5_and_says_why(command: Command, tmp_path: Path) -> None:
     arguments = ("--engine", "flower", "--nodes", "2", "--out", str(tmp_path / "run"))
     done = fedalign(command, tmp_path, *arguments, run__round_timeout="0.5")
