@@ -30,11 +30,7 @@ from clients.scores import Scorer
 from clients.store import keep_personal_adapter
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
-from fedalign.config import (
-    Config,
-    config_hash,
-    resolve_metric,
-)
+from fedalign.config import Config, config_hash, personal_stages, resolve_metric
 from fedalign.data.records import SurveyItem
 from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
@@ -173,7 +169,7 @@ class ResidentTrainer:
 
         ``local_only`` takes the same number of steps from the untouched base; ``local_only_total``
         takes as many as a client that is sampled in every round takes in all (``rounds`` times the
-        local steps, and the personal ones).
+        local steps, and the personal ones); it is left out in mode ``rewards``.
         The personal adapter is kept on this machine; only its test score is returned.
         """
         _known, unknown = self._sort_out(names)
@@ -181,7 +177,9 @@ class ResidentTrainer:
         total = rounds * self.config.local.steps + settings.steps
         shapes = dict(self.manifest.layout)
         fresh = pack(initial_adapter(shapes, self.config.run.seed), self.manifest.layout)
-        stages = ("personal", "local_only", "local_only_total")[: 3 if settings.local_only else 1]
+        stages = personal_stages(self.config)
+        if "local_only_total" not in stages:
+            total = settings.steps  # mode ``rewards``: clients took no steps in the run
         replies = []
         for name in names:
             if name in unknown:

@@ -443,6 +443,15 @@ def resolve_reward(config: Config) -> str:
     return {"letter": "log", "shares": "js_divergence", "order": "borda"}[config.rewards.task]
 
 
+def personal_stages(config: Config) -> tuple[str, ...]:
+    """Return the stages of the personal phase, in order."""
+    if not config.personal.local_only:
+        return ("personal",)
+    if config.run.mode == "rewards":
+        return ("personal", "local_only")
+    return ("personal", "local_only", "local_only_total")
+
+
 def config_hash(config: Config) -> str:
     """Return the SHA-256 (hex) of every setting that changes what is computed."""
     flat = {k: v for k, v in to_flat(config).items() if k not in NOT_IN_HASH}
@@ -519,6 +528,7 @@ __all__ = [
     "from_json",
     "load_toml",
     "parse_override",
+    "personal_stages",
     "resolve_metric",
     "resolve_reward",
     "to_flat",

@@ -210,8 +210,27 @@ def _check_rewards(flat: Mapping[str, Scalar]) -> None:
             f"score.metric = '{metric}' does not fit rewards.task = '{task}'; use auto or "
             f"{', '.join(ORDER_METRICS if task == 'order' else SURVEY_METRICS)}."
         )
+    if flat["run.mode"] == "rewards" and flat["weights.rule"] != "adaptive":
+        raise ConfigError(
+            f"weights.rule = '{flat['weights.rule']}' has no effect in mode 'rewards'. Choose how "
+            "rewards are combined with rewards.rule (mean, reweighted, min, ...), and leave "
+            "weights.rule alone."
+        )
+    if flat["run.mode"] == "rewards" and flat["run.early-stop-patience"]:
+        raise ConfigError(
+            "run.early-stop-patience watches validation scores of every round, which mode "
+            "'rewards' does not take. Set it to 0."
+        )
+    if task != "letter" and flat["local.objective"] == "dpo" and flat["personal.steps"]:
+        raise ConfigError(
+            f"personal.steps = {flat['personal.steps']} trains by DPO, which compares letters, but "
+            f"rewards.task = '{task}'. Set personal.steps = 0, or local.objective = 'ppo'."
+        )
     if sampled and flat["data.form"] == "pairs":
-        raise ConfigError("sampled texts are scored against survey answers, not against pairs.")
+        raise ConfigError(
+            "sampled texts are scored against survey answers, not against pairs. Use run.mode = "
+            "'adapters' with local.objective = 'dpo' for pairs."
+        )
     if float(flat["predictor.width"]) % float(flat["predictor.heads"]):
         raise ConfigError("predictor.width must be a multiple of predictor.heads.")
     if flat["site.answers"] != "shares" and flat["run.mode"] != "rewards":

@@ -8,6 +8,7 @@ Texts, minibatches and questions are drawn from generators keyed by (seed, purpo
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fedalign.randomness import keyed_seed
 from fedalign.rewards.text import parse
 from fedalign.training.generate import generate
 from fedalign.training.policy import Episodes, Measured, PolicyState, improve, measure, start
-from fedalign.training.tasks import decode, max_new_tokens, task_prompt
+from fedalign.training.tasks import decode, max_new_tokens, spelled, task_prompt
 from server.questions import draw_questions, question_bank
 from server.rlhf import F64, Sampled
 
@@ -70,6 +71,11 @@ class PolicyTrainer:
         self._next = self.state
 
     @property
+    def bank_hash(self) -> str:
+        """SHA-256 of the question bank; a resumed run must have the same."""
+        return hashlib.sha256(repr(self.bank).encode()).hexdigest()
+
+    @property
     def kl(self) -> float:
         """Current KL coefficient, without the rule's factor."""
         return self.state.kl
@@ -94,8 +100,8 @@ class PolicyTrainer:
         )
         texts = [decode(self.resident, task, tokens, ended) for tokens, ended in written]
         question_of = [i for i in range(count) for _ in range(ppo.samples)]
-        well_formed = [
-            parse(task, text, len(chosen[i].options)) is not None
+        answers = [
+            parse(task, text, len(chosen[i].options))
             for text, i in zip(texts, question_of, strict=True)
         ]
         generated = time.perf_counter()
@@ -105,7 +111,14 @@ class PolicyTrainer:
         measured = measure(self.resident, self.state, episodes)
         return Sampled(
             rollouts=wire.Rollouts(tuple(chosen), tuple(question_of), tuple(texts)),
-            well_formed=np.array(well_formed, dtype=bool),
+            well_formed=np.array([a is not None for a in answers], dtype=bool),
+            canonical=np.array(
+                [
+                    a is not None and text == spelled(self.resident, task, a)
+                    for a, text in zip(answers, texts, strict=True)
+                ],
+                dtype=bool,
+            ),
             reference_logps=measured.ref_text_logps,
             kl=float(measured.kl.mean()),
             generated_tokens=sum(len(tokens) for tokens, _ in written),

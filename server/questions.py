@@ -1,7 +1,8 @@
 """The public question bank: what the server may ask the policy in mode ``rewards``.
 
 Questions and options are public here, answers are not.  They come from a file of the operator's
-(``rewards.prompts``, JSON lines with ``question`` and ``options``), or, without one, from the data
+(``rewards.prompts``, JSON lines with ``question``, ``options`` and, where the sites' data declare
+one, ``split``), or, without one, from the data
 source itself with everybody's answers left out; a coordinator whose machine does not hold the data
 needs the file.  Only questions whose role is *train* are kept, by the same hash of the words as at
 every site, so validation and test are never asked.
@@ -62,7 +63,10 @@ def read_prompts(path: Path) -> list[SurveyItem]:
         texts = isinstance(options, list) and all(isinstance(o, str) for o in options)
         if not isinstance(question, str) or not texts:
             raise DataError(f"{where}: 'question' must be text and 'options' a list of texts.")
-        items.append(SurveyItem(where, question, tuple(options), {}, source=where))
+        split = row.get("split", "")
+        if not isinstance(split, str):
+            raise DataError(f"{where}: 'split' must be text.")
+        items.append(SurveyItem(where, question, tuple(options), {}, split=split, source=where))
     if not items:
         raise DataError(f"{path}: no question.")
     return items

@@ -5,8 +5,10 @@ Reference: federated RLHF with aggregated group rewards (arXiv 2512.08786; succe
 
 1. the policy writes N texts to training questions (``policy_trainer.py``);
 2. every client answers one reward and one code for each text, as its site's policy allows;
-3. r_gi = mean over the answering clients of group g.  A malformed text is worth
-   ``rewards.malformed`` to every group: the server parses it itself and needs nobody's word;
+3. r_gi = mean over the answering clients of group g, those that answer from true shares before
+   those that predict.  A malformed text is worth ``rewards.malformed`` to every group: the server
+   parses it itself and needs nobody's word.  It counts in R alone: history and fairness index see
+   well-formed texts, else a group that holds few of the questions would look badly served;
 4. weights a_g from the history of t - 1, then R_i = combine(r_1i .. r_Gi)
    (``fedalign/aggregation/group_rewards.py``);
 5. PPO takes its updates on R, and history takes in the mean reward of each group.
@@ -59,6 +61,8 @@ class Sampled:
     rollouts: wire.Rollouts
     well_formed: npt.NDArray[np.bool_]
     """(N,)"""
+    canonical: npt.NDArray[np.bool_]
+    """(N,) well formed and spelled as in training; the reference correction asks for it."""
     reference_logps: F64
     """(N,) log-probability of each text under the base, nats."""
     kl: float
@@ -75,6 +79,10 @@ class Policy(Protocol):
     @property
     def kl(self) -> float:
         """Current KL coefficient, without the rule's factor."""
+
+    @property
+    def bank_hash(self) -> str:
+        """Identifies the questions that may be asked."""
 
     def sample(self, exchange: int) -> Sampled:
         """Write the texts of an exchange; the same exchange gives the same texts."""
@@ -104,11 +112,14 @@ class GroupRewards:
     replies: Sequence[ReplyRow]
     coverage: Mapping[str, float]
     """Share of the well-formed texts that each enrolled group answered."""
+    well_formed: npt.NDArray[np.bool_]
+    """(N,)"""
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean reward of each present group, over the texts it has a reward for."""
-        return {g: float(np.nanmean(row)) for g, row in zip(self.groups, self.rewards, strict=True)}
+        """Mean reward of each present group, over the well-formed texts it answered."""
+        answered = self.rewards[:, self.well_formed]
+        return {g: float(np.nanmean(row)) for g, row in zip(self.groups, answered, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,7 @@ class RewardStrategy(GroupStrategy):
             return group_rewards(
                 usable,
                 {c: m.group for c, m in self.directory.members.items()},
+                sampled.rollouts.question_of,
                 sampled.well_formed,
                 self.config.rewards.malformed,
                 self.recorder.failures(failed),
@@ -179,7 +191,9 @@ class RewardStrategy(GroupStrategy):
         state, weights = reward_weights.group_weights(
             settings.rule, self.settings, before, given.groups, round_
         )
-        index = reward_index(given.rewards, sampled.rollouts.question_of)
+        formed = np.flatnonzero(sampled.well_formed)
+        question_of = np.asarray(sampled.rollouts.question_of)[formed]
+        index = reward_index(given.rewards[:, formed], question_of.tolist())
         adaptive = adaptive_branch(index, settings.fairness_threshold)
         combined = combine(
             settings.rule,
@@ -191,8 +205,8 @@ class RewardStrategy(GroupStrategy):
         )
         rewards = combined.values
         if settings.reference_correction:
-            factor = kl * kl_factor(settings.rule, len(given.groups))
-            correction = np.where(sampled.well_formed, factor * sampled.reference_logps, 0.0)
+            factor = kl * kl_factor(settings.rule, len(self.directory.groups))
+            correction = np.where(sampled.canonical, factor * sampled.reference_logps, 0.0)
             rewards = rewards - correction
         state = reward_weights.observe(
             settings.rule, self.settings, state, means, self.directory.groups, round_
@@ -253,6 +267,7 @@ class RewardStrategy(GroupStrategy):
 def group_rewards(
     replies: Mapping[str, wire.RewardReply],
     group_of: Mapping[str, str],
+    question_of: Sequence[int],
     well_formed: npt.NDArray[np.bool_],
     malformed: float,
     failures: Sequence[ReplyRow] = (),
@@ -262,6 +277,7 @@ def group_rewards(
     Args:
         replies: client to reply, N rewards and codes each.
         group_of: group of every enrolled client.
+        question_of: (N,) the question of each text.
         well_formed: (N,) which texts the server could parse.
         malformed: what a malformed text is worth to every group, in [0, 1].
         failures: rows of clients without a usable reply.
@@ -276,32 +292,49 @@ def group_rewards(
     coverage: dict[str, float] = dict.fromkeys(enrolled, 0.0)
     answered: dict[str, int] = {}
     for group in enrolled:
-        total, number = np.zeros(len(well_formed)), np.zeros(len(well_formed))
-        for client, reply in sorted(replies.items()):
-            if group_of[client] != group:
-                continue
-            for code, name in enumerate(wire.CODES):
-                counts[name] += int((reply.codes == code).sum())
-            counted = (reply.codes == wire.FROM_SHARES) | (reply.codes == wire.PREDICTED)
-            counted &= well_formed
-            answered[client] = int(counted.sum())
-            total += np.where(counted, reply.rewards.astype(np.float64), 0.0)
-            number += counted
-        has = number > 0
-        if has.any():
-            row = np.full(len(well_formed), np.nan)
-            row[has] = total[has] / number[has]
-            row[~well_formed] = malformed
+        row = np.full(len(well_formed), np.nan)
+        # True shares win: a text that one client answered needs no other client's prediction.
+        for code in (wire.PREDICTED, wire.FROM_SHARES):
+            total, number = np.zeros(len(well_formed)), np.zeros(len(well_formed))
+            for client, reply in sorted(replies.items()):
+                if group_of[client] == group:
+                    counted = (reply.codes == code) & well_formed
+                    answered[client] = answered.get(client, 0) + int(counted.sum())
+                    total += np.where(counted, reply.rewards.astype(np.float64), 0.0)
+                    number += counted
+            row[number > 0] = total[number > 0] / number[number > 0]
+        if np.isfinite(row).any():
             rows.append(row)
             present.append(group)
-            coverage[group] = float(has.sum() / well_formed.sum())
+            coverage[group] = float(np.isfinite(row).sum() / well_formed.sum())
+    for reply in replies.values():
+        for code, name in enumerate(wire.CODES):
+            counts[name] += int((reply.codes == code).sum())
     if not rows:
         raise QuorumMissed(
             "no client has a reward for any of the texts: none answered these questions, or the "
-            "sites' policies refuse. See the codes in the ledger."
+            "sites' policies refuse. What came back: "
+            + (", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
+            + "."
         )
+    rewards = np.stack(rows)
+    rewards[:, ~well_formed & _asked_of_somebody(rewards, question_of, well_formed)] = malformed
     usable = [ReplyRow(client=c, group=group_of[c], examples=answered[c]) for c in sorted(replies)]
-    return GroupRewards(tuple(present), np.stack(rows), counts, [*usable, *failures], coverage)
+    return GroupRewards(
+        tuple(present), rewards, counts, [*usable, *failures], coverage, well_formed
+    )
+
+
+def _asked_of_somebody(
+    rewards: F64, question_of: Sequence[int], well_formed: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Return (N,) whether the question of a text was answered, or had no well-formed text at all.
+
+    A question that nobody holds teaches nothing, not even its format.
+    """
+    questions = np.asarray(question_of)
+    answered = np.isin(questions, questions[np.isfinite(rewards).any(0)])
+    return answered | ~np.isin(questions, questions[well_formed])
 
 
 def with_newcomers(state: RuleState, means: Mapping[str, float]) -> RuleState:

@@ -46,6 +46,9 @@ from server.progress import Progress
 from server.rlhf import Policy, RewardStrategy, check_alive
 from server.strategy import GroupStrategy, QuorumMissed, RoundResult
 
+MOSTLY_ANSWERED = 0.5
+"""An exchange whose best-covered group answered a smaller share of the texts is warned of."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -236,6 +239,13 @@ class _Run:
         assert isinstance(strategy, RewardStrategy)
         if self._policy is None:
             self._policy = make_policy(self.config, strategy.directory, self.state)
+            before = self.ledger.run().get("questions")
+            if before not in (None, self._policy.bank_hash):
+                raise ResumeError(
+                    f"the questions of {self.folder} have changed since the run began. Restore "
+                    "the data or rewards.prompts, or start a new run."
+                )
+            self.ledger.put_run(questions=self._policy.bank_hash)
         policy = self._policy
         sampled = policy.sample(round_)
         check_alive(self.config.rewards, self.config.ppo.max_kl, sampled, round_)
@@ -244,6 +254,12 @@ class _Run:
             round_, sampled.rollouts, self.state.arrays.get("predictor")
         )
         given = strategy.aggregate_exchange(round_, self._exchange(messages), sampled)
+        covered = max(given.coverage.values())
+        if covered < MOSTLY_ANSWERED:
+            self.progress.warn(
+                f"exchange {round_}: no group answered more than {covered:.0%} of the texts. Do "
+                "sites hold these questions, and does their policy allow so many texts a question?"
+            )
         judged = strategy.judge(round_, given, sampled, policy.kl)
         answered = time.perf_counter()
         adapter, arrays, metrics = policy.improve(round_, sampled, judged.rewards)

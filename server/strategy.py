@@ -39,7 +39,7 @@ from fedalign.aggregation.records import (
     RuleState,
     WeightSettings,
 )
-from fedalign.config import Config, to_json
+from fedalign.config import Config, personal_stages, to_json
 from fedalign.errors import RunFailed, WireError
 from fedalign.ledger import ItemRow, Ledger, ScoreRow
 from fedalign.metrics.alignment import SCORE_LOW
@@ -238,7 +238,7 @@ class GroupStrategy(Strategy):
 
     def aggregate_personal(self, server_round: int, replies: Iterable[Message]) -> None:
         """Record the test scores of the personal and local-only adapters."""
-        stages = self.personal_stages()
+        stages = personal_stages(self.config)
         rows = self._score_rows("personal", server_round, replies, stages)
         scores = [
             self.recorder.score_row(stage, r.client, "test", s)
@@ -252,12 +252,6 @@ class GroupStrategy(Strategy):
             for item in self.recorder.item_rows(stage, r.client, "test", s)
         ]
         self.ledger.write("personal", server_round, self.attempt, scores=scores, items=items)
-
-    def personal_stages(self) -> tuple[str, ...]:
-        """Stages of the personal phase, in order."""
-        if self.config.personal.local_only:
-            return ("personal", "local_only", "local_only_total")
-        return ("personal",)
 
     # --- sending ----------------------------------------------------------------------------
 

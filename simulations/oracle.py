@@ -104,6 +104,13 @@ def add_closed_form(folder: Path) -> None:
         rows: list[ReferenceRow]
         if config.rewards.task not in LISTED:
             rows = [_undefined(f"the answers of task '{config.rewards.task}' cannot be listed")]
+        elif absent := _absent_groups(ledger):
+            rows = [
+                _undefined(
+                    f"the optimum belongs to the groups that were asked, and {absent} took no part "
+                    "in some exchange"
+                )
+            ]
         else:
             asked = test_questions(tuple(usable_clients(config)[0].values()))
             resident = resident_model(config.model, config.aggregation.method == "frozen-a")
@@ -112,6 +119,11 @@ def add_closed_form(folder: Path) -> None:
             rows = reference_rows(found)
         kept = [r for r in ledger.references() if r.name != NAME]
         ledger.put_references([*kept, *rows])
+
+
+def _absent_groups(ledger: Ledger) -> str:
+    """Return the groups that were absent from an exchange, as a list in words."""
+    return ", ".join(sorted({f"'{w.group}'" for w in ledger.weights() if not w.present}))
 
 
 def closed_form(

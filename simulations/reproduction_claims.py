@@ -185,9 +185,9 @@ def _contrast(c: Contrast, key: Key, arms: Mapping[str, ArmResult]) -> tuple[str
         return UNDECIDED, d, f"{d.missing} seeds of {c.arm} or {c.against} have no value"
     if d.interval is None:
         return UNDECIDED, d, "fewer than 3 seeds"
-    favoured = c.arm if c.sign > 0 else c.against
-    if arms[favoured].low_mass:
-        return UNDECIDED, d, f"{len(arms[favoured].low_mass)} runs of {favoured} count as failed"
+    for name in (c.arm, c.against):
+        if arms[name].low_mass:
+            return UNDECIDED, d, f"{len(arms[name].low_mass)} runs of {name} count as failed"
     low, high = sorted((c.sign * d.interval.low, c.sign * d.interval.high))
     if low > 0:
         return HOLDS, d, ""
@@ -197,7 +197,10 @@ def _contrast(c: Contrast, key: Key, arms: Mapping[str, ArmResult]) -> tuple[str
 def plain_words(study: Study, verdicts: Sequence[Verdict]) -> list[str]:
     """Answer, from the numbers: does adaptive weighting help, where, by how much, and why."""
     keys = [k for k in study if k[0] in POPULATIONS]
-    said = [_headline(study, keys)] if keys else []
+    said = [line for key in study for line in _left_out(key, study[key])]
+    study = {key: sound for key, arms in study.items() if (sound := _sound(arms))}
+    keys = [k for k in keys if k in study]
+    said += [_headline(study, keys)] if keys else []
     for key in keys:
         said += _population(key, study[key])
     for key in study:
@@ -213,6 +216,23 @@ def plain_words(study: Study, verdicts: Sequence[Verdict]) -> list[str]:
             "figure: that takes the published models on the published data."
         )
     return said
+
+
+def _sound(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
+    """Return the arms of which something can be said: all seeds ran and kept their mass."""
+    return {name: a for name, a in arms.items() if not (a.failed or a.low_mass)}
+
+
+def _left_out(key: Key, arms: Mapping[str, ArmResult]) -> list[str]:
+    """Say which arms nothing is said about, and why."""
+    bad = [
+        f"{name} ({len(a.failed)} failed, {len(a.low_mass)} below the mass limit)"
+        for name, a in arms.items()
+        if a.failed or a.low_mass
+    ]
+    if not bad:
+        return []
+    return [f"**{where(key).capitalize()}: nothing is said of** {', '.join(bad)}."]
 
 
 def _headline(study: Study, keys: Sequence[Key]) -> str:

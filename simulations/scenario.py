@@ -4,6 +4,9 @@ Order of precedence, last wins: defaults, scenario file, ``--set`` overrides, co
 A scenario's ``data.partition`` and ``data.clients-per-group`` are dropped when an override names
 another population (source, world, groups or path): they name groups it does not have.
 
+``run.mode = "rewards"`` given on the command line, or ``--mode rewards``, brings the settings of
+scenario ``rewards`` (exchanges, temperature, decay, no personal phase) into any other scenario.
+
 Relative paths given on the command line are made absolute from the working directory, because a
 runner may work elsewhere.
 """
@@ -28,6 +31,13 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 
 
+def reward_settings() -> dict[str, Scalar]:
+    """Return what mode ``rewards`` sets in a scenario made for adapters: all but name and data."""
+    with packaged()["rewards"].open("rb") as f:
+        flat = flatten(tomllib.load(f))
+    return {k: v for k, v in flat.items() if k != "run.name" and not k.startswith("data.")}
+
+
 def load(
     scenario: str, overrides: Sequence[str] = (), options: Mapping[str, Scalar] | None = None
 ) -> Config:
@@ -47,6 +57,8 @@ def load(
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
     given = dict(parse_override(text) for text in overrides) | dict(options or {})
+    if given.get("run.mode") == "rewards" != flat.get("run.mode"):
+        flat.update(reward_settings())
     if any(key in given and given[key] != flat.get(key) for key in POPULATION):
         # How a scenario deals clients belongs to its own population.
         flat = {k: v for k, v in flat.items() if k not in DEALING}

@@ -63,11 +63,14 @@ def simulate(
     progress.phase("model", "loading the base, checking that it can take every row")
     usable, unusable = usable_clients(config)
     clients = tuple(usable.values())
+    if config.run.mode == "rewards" and clients[0].form != "survey":
+        raise ConfigError(
+            "run.mode = 'rewards' needs survey data: pairs have no answers to score. Use "
+            "run.mode = 'adapters' for pairs."
+        )
+    resolve_metric(config, clients[0].form)
     for warning in _doubtful(config, clients[0].form):
         progress.warn(warning)
-    resolve_metric(config, clients[0].form)
-    if config.run.mode == "rewards" and clients[0].form != "survey":
-        raise ConfigError("run.mode = 'rewards' needs survey data: pairs have no answers to score.")
     config = prepare(config)
     folder = Path(config.run.out)
     data = dataset(config)

@@ -22,6 +22,7 @@ from fedalign.errors import ConfigError, DataError
 from fedalign.metrics.ranking import all_orders
 from fedalign.models.base import ResidentModel
 from fedalign.models.formats import (
+    letter_completion,
     letters,
     order_completion,
     order_prompt,
@@ -30,6 +31,7 @@ from fedalign.models.formats import (
     to_tenths,
 )
 from fedalign.randomness import keyed_seed
+from fedalign.rewards.text import Answer
 from fedalign.training.batch import Prompt
 from fedalign.training.encode import Ids, encode_text, render
 from fedalign.training.examples import survey_prompt
@@ -73,6 +75,17 @@ def decode(resident: ResidentModel, task: str, tokens: Ids, ended: bool) -> str:
     body = list(tokens[:-1] if ended else tokens)
     text = str(resident.tokenizer.decode(body, clean_up_tokenization_spaces=False))
     return text if ended or task == "letter" else text + NOT_ENDED
+
+
+def spelled(resident: ResidentModel, task: str, answer: Answer) -> str:
+    """Return an answer as training spells it; a parser also accepts other white space."""
+    if isinstance(answer, int):
+        text = letter_completion(answer)
+    elif task == "shares":
+        text = shares_completion(answer)
+    else:
+        text = order_completion(answer)
+    return text[1:] if resident.config.chat_template else text
 
 
 def sample_texts(

@@ -94,7 +94,12 @@ def decode_rollouts(content: RecordDict) -> Rollouts:
         raise WireError("bad-rollouts") from None
     if not 0 < len(texts) <= MAX_ROLLOUTS or max(map(len, texts)) > MAX_TEXT:
         raise WireError("bad-rollouts", "no rollouts, too many, or a text too long")
-    if sum(counts) != len(options) or min(counts) < 2 or max(question_of) >= len(asked):
+    if (
+        not counts
+        or sum(counts) != len(options)
+        or min(counts) < 2
+        or max(question_of) >= len(asked)
+    ):
         raise WireError("bad-rollouts", "options or question numbers do not fit")
     questions, at = [], 0
     for text, k in zip(asked, counts, strict=True):

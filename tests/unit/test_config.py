@@ -148,3 +148,31 @@ def test_flower_settings_are_the_default_scenario(root: Path) -> None:
 def test_the_page_of_settings_is_current(root: Path) -> None:
     page = root / "docs" / "configuration.md"
     assert page.read_text() == markdown(), "run: python -m fedalign.config_docs > " + str(page)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rewards.score": "js_divergence"}, "every sampled letter of a question the same reward"),
+        ({"rewards.task": "order", "rewards.score": "log"}, "borda, kendall, binary or auto"),
+        ({"weights.rule": "uniform"}, "rewards.rule"),
+        ({"run.early-stop-patience": 2}, "validation scores of every round"),
+        ({"rewards.task": "order", "personal.steps": 5}, "DPO, which compares letters"),
+        ({"data.form": "pairs"}, "run.mode = 'adapters'"),
+        ({"score.metric": "borda"}, "does not fit rewards.task = 'letter'"),
+        ({"rewards.prompts": "here.jsonl"}, "not an absolute path"),
+    ],
+)
+def test_settings_that_cannot_work_in_mode_rewards(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_flat({"run.mode": "rewards", "personal.steps": 0} | settings)
+
+
+def test_tasks_and_predictors_belong_to_their_mode() -> None:
+    with pytest.raises(ConfigError, match="an objective that samples texts"):
+        from_flat({"rewards.task": "order"})
+    with pytest.raises(ConfigError, match="only there is a predictor trained"):
+        from_flat({"site.answers": "predictor"})
+    with pytest.raises(ConfigError, match=r"local\.engine = 'trl'"):
+        from_flat({"local.objective": "grpo"})
+    from_flat({"rewards.task": "order", "local.objective": "ppo"})

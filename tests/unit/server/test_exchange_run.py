@@ -13,7 +13,7 @@ import pytest
 from fedalign import wire
 from fedalign.aggregation.records import GroupHistory, RuleState
 from fedalign.config import Config
-from fedalign.errors import RunFailed
+from fedalign.errors import ResumeError, RunFailed
 from fedalign.ledger import Ledger, canonical_rows
 from fedalign.randomness import generator
 from fedalign.runfolder import CHECKPOINT, LEDGER
@@ -34,6 +34,8 @@ N = 12
 class NumpyPolicy:
     """Writes keyed letters; an update adds the mean reward to the adapter and counts."""
 
+    bank_hash = "bank"
+
     def __init__(self, config: Config, _: Directory, state: Checkpoint) -> None:
         self.config = config
         self.kl = config.ppo.kl
@@ -48,7 +50,7 @@ class NumpyPolicy:
         formed = np.array([t != "?" for t in texts])
         rollouts = wire.Rollouts(BANK, tuple(i % len(BANK) for i in range(N)), texts)
         kl = 0.1 * float(self.count[0])
-        return Sampled(rollouts, formed, np.full(N, -0.5), kl, N, {"generate": 0.0})
+        return Sampled(rollouts, formed, formed, np.full(N, -0.5), kl, N, {"generate": 0.0})
 
     def improve(
         self, exchange: int, sampled: Sampled, rewards: Any
@@ -275,22 +277,23 @@ def test_reference_correction_takes_the_bases_taste_off(federation: Make) -> Non
     assert gained == pytest.approx(0.2 * rates, abs=1e-6)
 
 
+def reply(client: str, rewards: list[float], codes: list[int]) -> wire.RewardReply:
+    return wire.RewardReply(
+        client, wire.OK, np.array(rewards, np.float32), np.array(codes, np.int8)
+    )
+
+
 def test_group_rewards_by_hand() -> None:
     formed = np.array([True, True, False])
-
-    def reply(client: str, rewards: list[float], codes: list[int]) -> wire.RewardReply:
-        return wire.RewardReply(
-            client, wire.OK, np.array(rewards, np.float32), np.array(codes, np.int8)
-        )
-
     given = group_rewards(
         {
             "a#0": reply("a#0", [0.25, 0.0, 0.0], [0, 2, 1]),
-            "a#1": reply("a#1", [0.75, 0.5, 0.0], [4, 0, 1]),
+            "a#1": reply("a#1", [0.75, 0.5, 0.0], [0, 4, 1]),
             "b": reply("b", [0.0, 1.0, 0.0], [3, 0, 1]),
             "c": reply("c", [0.0, 0.0, 0.0], [2, 3, 1]),
         },
         {"a#0": "a", "a#1": "a", "b": "b", "c": "c"},
+        (0, 1, 0),
         formed,
         malformed=0.1,
     )
@@ -299,7 +302,8 @@ def test_group_rewards_by_hand() -> None:
         np.array([[0.5, 0.5, 0.1], [np.nan, 1.0, 0.1]]), nan_ok=True
     )
     assert given.coverage == {"a": 1.0, "b": 0.5, "c": 0.0}
-    assert given.means == pytest.approx({"a": 1.1 / 3, "b": 0.55})
+    # Malformed texts are in R and not in the means, which history is made of.
+    assert given.means == pytest.approx({"a": 0.5, "b": 1.0})
     assert given.codes == {
         "shares": 3,
         "malformed": 4,
@@ -307,8 +311,54 @@ def test_group_rewards_by_hand() -> None:
         "refused": 2,
         "predicted": 1,
     }
-    with pytest.raises(QuorumMissed):
-        group_rewards({}, {"a": "a"}, formed, 0.0)
+    with pytest.raises(QuorumMissed, match="What came back: nothing"):
+        group_rewards({}, {"a": "a"}, (0, 0, 0), formed, 0.0)
+    silent = {"a": reply("a", [0.0, 0.0, 0.0], [2, 3, 1])}
+    with pytest.raises(QuorumMissed, match="1 malformed, 1 unanswered, 1 refused"):
+        group_rewards(silent, {"a": "a"}, (0, 0, 0), formed, 0.0)
+
+
+def test_true_shares_win_over_a_siblings_prediction() -> None:
+    formed = np.array([True])
+    replies = {"a#0": reply("a#0", [0.9], [0]), "a#1": reply("a#1", [0.1], [4])}
+    given = group_rewards(replies, {"a#0": "a", "a#1": "a"}, (0,), formed, 0.0)
+    assert given.rewards[0, 0] == pytest.approx(0.9)
+
+
+def test_low_coverage_does_not_look_like_bad_service() -> None:
+    # Both groups are served at .8 by what they answer; b holds one question of four.
+    formed = np.array([True, False] * 4)
+    question_of = tuple(i // 2 for i in range(8))
+    a = reply("a", [0.8] * 8, [0, 1] * 4)
+    b = reply("b", [0.8] + [0.0] * 7, [0, 1] + [2, 1] * 3)
+    given = group_rewards({"a": a, "b": b}, {"a": "a", "b": "b"}, question_of, formed, 0.0)
+    assert given.means == pytest.approx({"a": 0.8, "b": 0.8})
+
+
+def test_a_question_that_nobody_holds_teaches_nothing() -> None:
+    # Question 0 is answered; nobody holds 1; 2 has no well-formed text, so its format is taught.
+    formed = np.array([True, False, True, False, False, False])
+    codes = [0, 1, 2, 1, 1, 1]
+    given = group_rewards(
+        {"a": reply("a", [0.5] * 6, codes)}, {"a": "a"}, (0, 0, 1, 1, 2, 2), formed, 0.1
+    )
+    assert given.rewards[0] == pytest.approx([0.5, 0.1, np.nan, np.nan, 0.1, 0.1], nan_ok=True)
+
+
+def test_changed_questions_stop_a_resume(federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    whole = NumpyPolicy.improve
+    monkeypatch.setattr(
+        NumpyPolicy, "improve", lambda self, t, *a: stop() if t == 3 else whole(self, t, *a)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        federation("x")
+    monkeypatch.setattr(NumpyPolicy, "improve", whole)
+    monkeypatch.setattr(NumpyPolicy, "bank_hash", "another")
+    with pytest.raises(ResumeError, match=r"questions of .* have changed"):
+        federation("x", run__resume=True)
 
 
 def test_a_newcomer_starts_from_its_own_reward() -> None:
@@ -321,7 +371,7 @@ def test_a_newcomer_starts_from_its_own_reward() -> None:
 def sampled(rate: float, kl: float) -> Sampled:
     formed = np.arange(100) < rate * 100
     rollouts = wire.Rollouts(BANK, (0,) * 100, ("A",) * 100)
-    return Sampled(rollouts, formed, np.zeros(100), kl, 100, {})
+    return Sampled(rollouts, formed, formed, np.zeros(100), kl, 100, {})
 
 
 def test_a_collapse_is_named(settings: Make) -> None:
@@ -367,5 +417,6 @@ def test_a_file_of_prompts_is_checked(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(DataError, match="no question"):
         read_prompts(path)
-    path.write_text('{"question": "Q?", "options": ["a", "b"], "source": "x"}\n')
-    assert read_prompts(path)[0].options == ("a", "b")
+    path.write_text('{"question": "Q?", "options": ["a", "b"], "split": "test", "x": 1}\n')
+    read = read_prompts(path)[0]
+    assert (read.options, read.split) == (("a", "b"), "test")  # sites honour a declared role too

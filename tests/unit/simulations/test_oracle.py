@@ -61,7 +61,12 @@ def toy(monkeypatch: pytest.MonkeyPatch):
 
 def settings(**keys: object) -> Config:
     """Return a run in mode rewards with letters worth the share of people who chose them."""
-    flat = {"run.mode": "rewards", "rewards.score": "share", "rewards.rule": "reweighted"}
+    flat = {
+        "run.mode": "rewards",
+        "rewards.score": "share",
+        "rewards.rule": "reweighted",
+        "personal.steps": 0,
+    }
     return from_flat(flat | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()})
 
 
