@@ -259,7 +259,7 @@ class PpoConfig:
     whiten: bool = True
     """Standardise advantages over each exchange."""
     learning_rate: float = 0.003
-    """AdamW learning rate of the adapter on the server; falls in a line over the exchanges."""
+    """AdamW learning rate of the adapter; on the server it rises for 4 exchanges, then falls."""
     value_learning_rate: float = 0.01
     """AdamW learning rate of the value head."""
     max_grad_norm: float = 1.0

@@ -32,6 +32,8 @@ from server.questions import draw_questions, question_bank
 from server.rlhf import F64, Sampled
 
 PREFIX = "policy/"
+WARM_UP = 4
+"""Exchanges until the learning rate is reached."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ class PolicyTrainer:
         """Take the PPO updates of an exchange on the texts that have a reward."""
         config, batch = self.config, sampled.episodes
         assert isinstance(batch, _Batch)
-        # Falling in a line to nothing: at a constant rate the policy jitters about its optimum.
-        rate = config.ppo.learning_rate * (1.0 - (exchange - 1) / config.run.rounds)
+        rate = config.ppo.learning_rate * rate_of(exchange, config.run.rounds)
         self._next, metrics = improve(
             self.resident,
             self.state,
@@ -169,6 +170,16 @@ class PolicyTrainer:
         if not bank:
             raise DataError(f"this model can take none of {len(bad)} questions; first: {bad[0]}")
         return tuple(bank)
+
+
+def rate_of(exchange: int, exchanges: int) -> float:
+    """Return the learning rate of an exchange (1, 2, ...) as a share of ``ppo.learning-rate``.
+
+    It rises over the first exchanges, because Adam's first steps are of full size whatever the
+    gradient and the value head knows nothing yet: without that a run in a hundred collapsed.  Then
+    it falls in a line to nothing: at a constant rate the policy jitters about its optimum.
+    """
+    return min(1.0, exchange / WARM_UP) * (1.0 - (exchange - 1) / exchanges)
 
 
 def _check_same_base(resident: ResidentModel, manifest: wire.Manifest) -> None:

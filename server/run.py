@@ -39,15 +39,13 @@ from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
 from server import checkpoint as checkpoints
 from server.checkpoint import Checkpoint
 from server.directory import Directory
+from server.exchange_round import open_policy, predictor_inputs, run_exchange
 from server.export import write_adapter
 from server.hello import ask_hello
 from server.predictor import aggregate_predictor, configure_predictor, first_predictor
 from server.progress import Progress
-from server.rlhf import Policy, RewardStrategy, check_alive
-from server.strategy import GroupStrategy, QuorumMissed, RoundResult
-
-MOSTLY_ANSWERED = 0.5
-"""An exchange whose best-covered group answered a smaller share of the texts is warned of."""
+from server.rlhf import Policy, RewardStrategy
+from server.strategy import GroupStrategy, QuorumMissed
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,13 @@ class _Run:
         self._commit("base", 0, rule_state=self.strategy.state)
         mass, least = _option_mass(self.ledger, "base"), self.config.score.min_option_mass
         if mass is not None and mass < least:
+            what = (
+                f"puts only {mass:.2f} of its probability on the answer options"
+                if self.config.rewards.task == "letter"
+                else f"writes a well-formed answer in only {mass:.0%} of its texts"
+            )
             self.progress.warn(
-                f"the untouched base puts only {mass:.2f} of its probability on the answer options "
+                f"the untouched base {what} "
                 f"(score.min-option-mass = {least:g}): it does not know these questions' format. "
                 "Train a pocket on your survey (docs/pocket.md) or choose another model."
             )
@@ -238,40 +241,9 @@ class _Run:
         strategy = self.strategy
         assert isinstance(strategy, RewardStrategy)
         if self._policy is None:
-            self._policy = make_policy(self.config, strategy.directory, self.state)
-            before = self.ledger.run().get("questions")
-            if before not in (None, self._policy.bank_hash):
-                raise ResumeError(
-                    f"the questions of {self.folder} have changed since the run began. Restore "
-                    "the data or rewards.prompts, or start a new run."
-                )
-            self.ledger.put_run(questions=self._policy.bank_hash)
-        policy = self._policy
-        sampled = policy.sample(round_)
-        check_alive(self.config.rewards, self.config.ppo.max_kl, sampled, round_)
-        asked = time.perf_counter()
-        messages = strategy.configure_exchange(
-            round_, sampled.rollouts, self.state.arrays.get("predictor")
-        )
-        given = strategy.aggregate_exchange(round_, self._exchange(messages), sampled)
-        covered = max(given.coverage.values())
-        if covered < MOSTLY_ANSWERED:
-            self.progress.warn(
-                f"exchange {round_}: no group answered more than {covered:.0%} of the texts. Do "
-                "sites hold these questions, and does their policy allow so many texts a question?"
-            )
-        judged = strategy.judge(round_, given, sampled, policy.kl)
-        answered = time.perf_counter()
-        adapter, arrays, metrics = policy.improve(round_, sampled, judged.rewards)
-        seconds = {
-            **sampled.seconds,
-            "exchange": answered - asked,
-            "update": time.perf_counter() - answered,
-        }
-        strategy.record_exchange(round_, given, judged, metrics, seconds)
-        strategy.state = judged.state
-        strategy.result = RoundResult(
-            adapter, judged.state, given.means, dict(judged.influence), arrays
+            self._policy = open_policy(self.config, strategy, self.state, self.ledger)
+        run_exchange(
+            strategy, self._policy, round_, self.state.arrays, self._exchange, self.progress.warn
         )
 
     def _personal(self, round_: int) -> None:
@@ -354,23 +326,6 @@ class _Run:
         if self.state.best is None or value > self.state.best:
             return value, 0
         return self.state.best, self.state.rounds_since_best + 1
-
-
-def predictor_inputs(config: Config) -> int:
-    """Return the width of the frozen base's embeddings, which the predictor reads."""
-    from fedalign.models.resident import resident_model
-    from fedalign.rewards.embedding import embedding_dim
-
-    return embedding_dim(resident_model(config.model, config.aggregation.method == "frozen-a"))
-
-
-def make_policy(config: Config, directory: Directory, state: Checkpoint) -> Policy:
-    """Load the model that the server trains in mode ``rewards``."""
-    from server.policy_trainer import PolicyTrainer  # torch, which adapter mode does without
-
-    return PolicyTrainer(
-        config, len(directory.groups), directory.manifest, state.adapter, state.arrays
-    )
 
 
 def _open(

@@ -17,6 +17,7 @@ from fedalign.errors import ResumeError, RunFailed
 from fedalign.ledger import Ledger, canonical_rows
 from fedalign.randomness import generator
 from fedalign.runfolder import CHECKPOINT, LEDGER
+from server import exchange_round
 from server import run as loop
 from server.checkpoint import Checkpoint, load
 from server.directory import Directory
@@ -76,7 +77,7 @@ def federation(
         policies.append(NumpyPolicy(*args))
         return policies[-1]
 
-    monkeypatch.setattr(loop, "make_policy", make_policy)
+    monkeypatch.setattr(exchange_round, "make_policy", make_policy)
 
     def go(
         folder: str = "run",
@@ -256,7 +257,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_end(
     with pytest.raises(Killed):
         federation("b")
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "make_policy", NumpyPolicy)
+    monkeypatch.setattr(exchange_round, "make_policy", NumpyPolicy)
     monkeypatch.setattr(loop, "build_report", lambda folder: folder / "report.html")
     folder = federation("b", run__resume=True)
     assert np.array_equal(load(folder / CHECKPOINT).adapter, load(undisturbed / CHECKPOINT).adapter)
@@ -420,3 +421,13 @@ def test_a_file_of_prompts_is_checked(tmp_path: Path) -> None:
     path.write_text('{"question": "Q?", "options": ["a", "b"], "split": "test", "x": 1}\n')
     read = read_prompts(path)[0]
     assert (read.options, read.split) == (("a", "b"), "test")  # sites honour a declared role too
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    from server.policy_trainer import rate_of
+
+    rates = [rate_of(t, 20) for t in range(1, 21)]
+    assert rates[:4] == pytest.approx([0.25, 0.475, 0.675, 0.85])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(1 / 20)
+    assert max(rates) <= 1.0
