@@ -120,9 +120,13 @@ def simulate(
 @app.command()
 def compare(
     scenario: Annotated[str, typer.Argument(help="Packaged scenario, or a TOML file.")] = "default",
-    rules: Annotated[str, typer.Option(help="Comma-separated weight rules.")] = (
-        "uniform,size,adaptive,placebo"
-    ),
+    rules: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated rules: weight rules (usual: uniform,size,adaptive,placebo), or "
+            "in mode rewards reward rules (usual: mean,reweighted,min,mean-over-n)."
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N-1.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("comparison"),
     vary: Annotated[

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedalign.config import (
+    REWARD_RULES,
     WEIGHT_RULES,
     Config,
     Scalar,
@@ -39,6 +40,12 @@ from fedalign.ledger import Ledger
 from fedalign.runfolder import CHECKPOINT, LEDGER
 from simulations import scenario as scenarios
 from simulations.comparison_report import Run, write_comparison
+
+RULES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "adapters": ("weights.rule", WEIGHT_RULES, ("uniform", "size", "adaptive", "placebo")),
+    "rewards": ("rewards.rule", REWARD_RULES, ("mean", "reweighted", "min", "mean-over-n")),
+}
+"""Mode to the setting that rules are compared by, its values, and those compared unless named."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,29 @@ class Task:
     config: Config
 
 
-def arms(rules: Sequence[str], vary: Sequence[str]) -> list[Arm]:
-    """Return rules crossed with varied settings, named by what differs."""
+def arms(rules: Sequence[str], vary: Sequence[str], mode: str = "adapters") -> list[Arm]:
+    """Return rules crossed with varied settings, named by what differs.
+
+    Rules are weight rules, or in mode ``rewards`` rules for group rewards; none takes the usual.
+    """
+    key, known, usual = RULES[mode]
+    rules = rules or usual
     for rule in rules:
-        if rule not in WEIGHT_RULES:
-            raise ConfigError(f"rule '{rule}' is not one of {', '.join(WEIGHT_RULES)}.")
+        if rule not in known:
+            raise ConfigError(
+                f"rule '{rule}' is not one of {', '.join(known)} (run.mode = '{mode}')."
+            )
     axes: list[list[tuple[str, Scalar]]] = []
     for text in vary:
-        key, separator, values = text.partition("=")
+        varied, separator, values = text.partition("=")
         if not separator or not values:
             raise ConfigError(f"'{text}' varies nothing. Write --vary section.key=a|b.")
-        axes.append([parse_override(f"{key}={v}") for v in values.split("|")])
+        axes.append([parse_override(f"{varied}={v}") for v in values.split("|")])
     out = []
     for rule in rules:
         for choice in itertools.product(*axes):
             name = " ".join([rule, *(f"{k.split('.', 1)[1]}={v}" for k, v in choice)])
-            out.append(Arm(name, (("weights.rule", rule), *choice)))
+            out.append(Arm(name, ((key, rule), *choice)))
     return out
 
 
@@ -89,7 +103,7 @@ def compare(
 ) -> Path:
     """Do every run that is not finished, then write the comparison; return its Markdown page."""
     base = scenarios.load(scenario, ["personal.steps=0", *settings])
-    chosen = arms(rules, vary)
+    chosen = arms(rules, vary, base.run.mode)
     baselines = [b.strip() for b in baseline.split(",") if b.strip()] or [chosen[0].name]
     for name in baselines:
         if name not in [a.name for a in chosen]:

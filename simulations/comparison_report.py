@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedalign.config import Config, to_flat
+from fedalign.config import Config, resolve_metric, resolve_reward, to_flat
 from fedalign.ledger import Ledger
 from fedalign.metrics.intervals import (
     Interval,
@@ -236,13 +236,25 @@ def _page(
     metric = config.score.metric
     if metric == "auto":
         metric = "js_divergence (survey) or pair_accuracy (pairs)"
+    if config.run.mode == "rewards":
+        how = (
+            f"{config.run.rounds} exchanges. Task {config.rewards.task}, reward "
+            f"{resolve_reward(config)}, KL coefficient {config.ppo.kl:g}; score "
+            f"{resolve_metric(config, 'survey')}. Arms are to be read beside their KL from the "
+            "base, which is in each run's report."
+        )
+    else:
+        how = (
+            f"{config.run.rounds} rounds of {local.steps} steps. Score {metric}, labels "
+            f"{local.labels}, reference {local.reference}, beta {local.beta:g}, aggregation "
+            f"{config.aggregation.method}."
+        )
     lines = [
         f"# Comparison: {scenario}",
         "",
-        f"{len(table)} arms, {seeds} seeds, {config.run.rounds} rounds of {local.steps} steps. "
-        f"Score {metric}, labels {local.labels}, reference {local.reference}, "
-        f"beta {local.beta:g}, temperature {weights.temperature:g}, decay {weights.decay:g}, "
-        f"aggregation {config.aggregation.method} (unless the arm's name says otherwise). "
+        f"{len(table)} arms, {seeds} seeds, {how} "
+        f"Temperature {weights.temperature:g}, decay {weights.decay:g} (unless the arm's name says "
+        "otherwise). "
         "Test questions, shared adapter. 95 % t intervals over seeds.",
         "",
         "| arm | " + " | ".join(SHOWN) + " | attained average | attained worst |",

@@ -120,7 +120,8 @@ def _how(facts: Facts) -> str:
         return f"{rounds} rounds over {clients} clients; their preferences never left them."
     return (
         f"PPO on the server, {rounds} exchanges of sampled texts for rewards with {clients} "
-        "clients; their answers never left them, what they gave each text did."
+        "clients. Their answers were not sent; what each text was worth to them was, and exact "
+        "rewards on chosen texts give answers away."
     )
 
 

@@ -147,7 +147,7 @@ def _what_run(facts: Facts) -> list[tuple[str, str]]:
                 "rewards: the server trains one policy with PPO on what groups give its texts",
             ),
             ("Rule", policy.rule_text(facts.policy, facts.run.get("config", {}))),
-            ("Rewards from", f"{s('site.answers', '?')}"),
+            ("Rewards from", policy.sources(facts.run.get("config", {}))),
             ("Score", f"{facts.metric}: {_score_text(facts)}"),
         ]
     rule = f"{s('weights.rule', '?')}"
@@ -156,6 +156,22 @@ def _what_run(facts: Facts) -> list[tuple[str, str]]:
     rule += f", history decay {s('weights.decay', 0.0):g}"
     if s("weights.rule") in ("adaptive", "placebo"):
         rule += f", floor {s('weights.floor'):g}/n, ceiling {s('weights.ceiling'):g}/n"
+    if s("local.objective", "dpo") != "dpo":
+        return [
+            ("Data", data_text(facts)),
+            ("Model", model),
+            ("Adapter", adapter),
+            ("Group weights", rule),
+            ("Aggregation", _aggregation(facts)),
+            (
+                "Local training",
+                f"{s('local.objective')} on rewards of sampled texts (task {s('rewards.task')}), "
+                f"KL coefficient {s('ppo.kl'):g}, {s('local.steps', '?')} updates a round, engine "
+                f"{s('local.engine', '?')}",
+            ),
+            ("Reference", "base (in the KL term)"),
+            ("Score", f"{facts.metric}: {_score_text(facts)}"),
+        ]
     loss = f"{s('local.loss', '?')}, beta {s('local.beta', 0.0):g}, {s('local.steps', '?')} steps"
     return [
         ("Data", data_text(facts)),

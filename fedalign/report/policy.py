@@ -61,6 +61,8 @@ class PolicyFacts:
     """Group to exchange to the rule's own weight; empty for rules without weights."""
     answered: int
     """Rewards that counted, summed over clients and exchanges."""
+    predictor_error: Mapping[str, float] = field(default_factory=dict)
+    """Client to the held-out error of the final preference predictor, where one was trained."""
     closed_form: Mapping[str, float] = field(default_factory=dict)
     closed_note: str = ""
 
@@ -86,7 +88,10 @@ def gather_policy(ledger: Ledger, config: Mapping[str, Any]) -> PolicyFacts | No
         return None
     curves: dict[str, dict[int, float]] = {}
     weights: dict[str, dict[int, float]] = {}
+    errors: dict[str, float] = {}
     for row in ledger.curves():
+        if row.name == "predictor-error":
+            errors[row.client] = row.value  # sorted by round: the last one stays
         if row.phase != "train":
             continue
         if row.client == "":
@@ -101,6 +106,7 @@ def gather_policy(ledger: Ledger, config: Mapping[str, Any]) -> PolicyFacts | No
         curves=curves,
         group_weights=weights,
         answered=sum(r.examples for r in ledger.replies() if r.status == "ok"),
+        predictor_error=errors,
         closed_form={r.quantity: r.value for r in references if r.value is not None},
         closed_note="; ".join(sorted({r.note for r in references if r.note})),
     )
@@ -141,8 +147,26 @@ def training_rows(policy: PolicyFacts, config: Mapping[str, Any]) -> list[tuple[
     ):
         if (total := policy.total(name)) is not None:
             rows.append((label, f"{total:,.0f}"))
+    if policy.predictor_error:
+        found = ", ".join(f"{c} {e:.3f}" for c, e in sorted(policy.predictor_error.items()))
+        text = f"{found} (mean JS distance on validation questions; lower is better)"
+        rows.append(("Predictor's held-out error", text))
     rows.append(("Rewards received", f"{policy.answered:,}, over all clients{_given(policy)}"))
     return rows
+
+
+def sources(config: Mapping[str, Any]) -> str:
+    """Return what rewards are made from, and what the sites' policy takes off them."""
+    text = {
+        "shares": "the groups' own answers",
+        "predictor": "the frozen preference predictor",
+        "both": "the groups' own answers, else the frozen preference predictor",
+    }[str(config.get("site.answers", "shares"))]
+    if config.get("site.rounding"):
+        text += f"; rounded to {_of(config, 'site.rounding')}"
+    if config.get("site.query-budget"):
+        text += f"; at most {_of(config, 'site.query-budget')} different texts a question"
+    return text
 
 
 def rule_text(policy: PolicyFacts, config: Mapping[str, Any]) -> str:
@@ -177,6 +201,8 @@ def put_summary(policy: PolicyFacts, put: Any) -> None:
     for name, values in sorted(policy.curves.items()):
         put(f"policy/{name}/mean", sum(values.values()) / len(values))
         put(f"policy/{name}/last", values[max(values)])
+    for client, value in sorted(policy.predictor_error.items()):
+        put(f"predictor/{client}/error", value)
     for name, value in sorted(policy.closed_form.items()):
         put(f"closed_form/{name}", value)
 
@@ -199,8 +225,10 @@ def _scale(scale: float) -> str:
 
 
 def _given(policy: PolicyFacts) -> str:
+    without = sum(policy.total(n) or 0.0 for n in ("malformed", "unanswered", "refused"))
+    asked = max(1.0, policy.answered + without)
     counts = [
-        f"{total:,.0f} {name}"
+        f"{total:,.0f} {name} ({total / asked:.0%})"
         for name in ("predicted", "malformed", "unanswered", "refused")
         if (total := policy.total(name))
     ]

@@ -45,6 +45,7 @@ def make_rewards_ledger(
     """Write the ledger of a run of ten exchanges, three groups, one client a group."""
     settings = {
         "run.mode": "rewards",
+        "personal.steps": 0,
         "run.rounds": EXCHANGES,
         "run.name": "by hand",
         "rewards.task": task,
@@ -208,7 +209,8 @@ def test_training_table_by_hand(tmp_path: Path) -> None:
     assert found["Texts sampled"] == "2,560"
     assert found["Tokens in updates"] == "20,480"
     # Three clients, 250 of 256 texts, one absent once: 29 replies.
-    assert found["Rewards received"] == "7,250, over all clients (30 malformed, 70 unanswered)"
+    counts = "7,250, over all clients (30 malformed (0%), 70 unanswered (1%))"
+    assert found["Rewards received"] == counts
 
 
 def test_table_follows_rule_and_settings(tmp_path: Path) -> None:
