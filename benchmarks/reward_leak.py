@@ -95,7 +95,8 @@ def attack(task: str, setting: str, items: Sequence[SurveyItem], group: str, see
     truth = [np.asarray(i.shares[group]) for i in items]
     with tempfile.TemporaryDirectory() as out:
         config = from_flat(
-            {"run.mode": "rewards", "run.out": out, "rewards.task": task} | SETTINGS[setting]
+            {"run.mode": "rewards", "personal.steps": 0, "run.out": out, "rewards.task": task}
+            | SETTINGS[setting]
         )
         counted: set[tuple[int, str]] = set()
 

@@ -34,7 +34,7 @@ SITE = client(train=[FERRY], validation=[HELD], test=[SECRET])
 
 def config(**keys) -> Config:
     return from_flat(
-        {"run.mode": "rewards"}
+        {"run.mode": "rewards", "personal.steps": 0}
         | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
     )
 
