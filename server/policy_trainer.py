@@ -27,6 +27,7 @@ from fedalign.randomness import keyed_seed
 from fedalign.rewards.text import parse
 from fedalign.training.generate import generate
 from fedalign.training.policy import Episodes, Measured, PolicyState, improve, measure, start
+from fedalign.training.policy_tokens import forward_tokens
 from fedalign.training.tasks import decode, max_new_tokens, spelled, task_prompt
 from server.questions import draw_questions, question_bank
 from server.rlhf import F64, Sampled
@@ -146,6 +147,11 @@ class PolicyTrainer:
             ("exchange", exchange),
             learning_rate=rate,
             kl_factor=self.factor,
+        )
+        metrics["policy-tokens"] = float(
+            forward_tokens(
+                self.resident, batch.episodes, config.ppo.questions, int(metrics["updates"])
+            )
         )
         # The adapter itself stands in the checkpoint as such.
         arrays = {PREFIX + n: a for n, a in self._next.arrays().items() if n != "adapter"}

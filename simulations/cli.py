@@ -157,7 +157,7 @@ def compare(
 def reproduce(
     out: Annotated[Path, typer.Option(help="Folder of runs and report.")],
     full: Annotated[bool, typer.Option("--full", help="All parts, not only core, oracle.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N-1.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 3 on.")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     parts: Annotated[str, typer.Option(help="Comma-separated parts, instead of --full.")] = "",
     countries: Annotated[

@@ -22,7 +22,7 @@ from fedalign.config import Config, Scalar, from_flat
 from fedalign.errors import ConfigError
 from simulations import scenario as scenarios
 from simulations.compare import Task, finished, in_folder, run_all
-from simulations.reproduce_arms import SCENARIO, Part, arm_config, arms_of
+from simulations.reproduce_arms import FIRST_SEED, SCENARIO, Part, arm_config, arms_of
 from simulations.reproduce_parts import PARTS
 
 OF_THE_STUDY = ("run.rounds", "personal.steps", "score.seen")
@@ -58,7 +58,7 @@ def reproduce(
     Args:
         out: folder for runs and report.
         parts: names of ``PARTS``.
-        seeds: seeds 0 to ``seeds`` - 1; fewer than 3 give no interval.
+        seeds: how many, from ``FIRST_SEED`` on; fewer than 3 give no interval.
         workers: runs done at a time.
         settings: ``section.key=value``, for all runs; an arm's own settings win.
         countries: folder that holds ``globalopinionqa/goqa.jsonl``, for part ``countries``.
@@ -101,7 +101,7 @@ def plan(
     runs = []
     for name in parts:
         part = PARTS[name]
-        for seed in range(seeds):
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             data = countries[seed] if part.needs_countries else {}
             runs += _of_seed(base, name, part, seed, out, data)
     return runs
@@ -138,5 +138,5 @@ def country_settings(folder: Path, out: Path, seeds: int) -> dict[int, dict[str,
     data = from_flat(settings).data
     return {
         seed: {**settings, "model.name": str(base_model(prepared, data, seed, out / "countries"))}
-        for seed in range(seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
     }

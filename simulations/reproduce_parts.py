@@ -15,6 +15,7 @@ from simulations.reproduce_arms import (
     MIN,
     OVER_N,
     PLACEBO,
+    PPO_ROUNDS,
     PPO_STEPS,
     REWEIGHTED,
     SCALED,
@@ -384,14 +385,20 @@ PARTS: dict[str, Part] = {
                         "run.mode": "adapters",
                         "local.objective": objective,
                         "local.steps": steps,
+                        **rounds,
                         "weights.rule": weights,
                     },
                     why,
                     ("mean",) if weights == "uniform" else ("reweighted", f"{objective} uniform"),
                 )
-                for objective, steps, why in (
-                    ("dpo", DPO_STEPS, "preference pairs of the client's own answers"),
-                    ("ppo", PPO_STEPS, "the same objective, on the client's own rewards"),
+                for objective, steps, rounds, why in (
+                    ("dpo", DPO_STEPS, {}, "preference pairs of the client's own answers"),
+                    (
+                        "ppo",
+                        PPO_STEPS,
+                        {"run.rounds": PPO_ROUNDS},
+                        "the same objective, on the client's own rewards",
+                    ),
                 )
                 for weights in ("uniform", "adaptive")
             ),

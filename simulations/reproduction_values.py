@@ -174,7 +174,7 @@ def _policy_values(ledger: Ledger) -> Values:
     for curve in ledger.curves():
         if curve.client == "":
             curves.setdefault(curve.name, []).append(curve.value)
-        if curve.name in ("tokens", "generated-tokens", "updated-tokens"):
+        if curve.name in ("tokens", "policy-tokens"):
             tokens += curve.value
     for name, curve_name in CURVES.items():
         if curve_name in curves:

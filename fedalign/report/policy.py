@@ -144,6 +144,7 @@ def training_rows(policy: PolicyFacts, config: Mapping[str, Any]) -> list[tuple[
         ("Texts sampled", "rollouts"),
         ("Tokens generated", "generated-tokens"),
         ("Tokens in updates", "updated-tokens"),
+        ("Tokens through the policy, prompts included", "policy-tokens"),
     ):
         if (total := policy.total(name)) is not None:
             rows.append((label, f"{total:,.0f}"))

@@ -14,15 +14,12 @@ epochs`` updates.  A job whose steps are no multiple of that ends with a smaller
 stretch before a snapshot, which is why a snapshot is what a job of that many steps would return.
 A client with fewer questions than a batch asks each of them once in it, in fewer minibatches.
 
-``tokens`` counts what the policy computed, without padding: each prompt once for generation and
-every generated token; the measuring pass, twice (policy and base); and each update.  Where texts
-share their prompt's pass (``prefix.py``), a prompt counts once there too.  It is there to compare
-objectives at equal cost.
+``tokens`` counts what the policy computed (``policy_tokens.py``), to compare objectives at equal
+cost.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,11 +34,9 @@ from fedalign.models.layout import Array
 from fedalign.randomness import Key, generator, keyed_seed
 from fedalign.rewards.text import reward
 from fedalign.training import policy, tasks
-from fedalign.training.batch import Prompt, row_tokens
-from fedalign.training.encode import Ids
 from fedalign.training.generate import generate
 from fedalign.training.loop import TrainResult
-from fedalign.training.prefix import worth_sharing
+from fedalign.training.policy_tokens import forward_tokens
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def _train_one(resident: ResidentModel, job: PolicyJob, config: Config, seed: in
         except RunFailed:
             return TrainResult(job.client, None, {}, done, "loss_not_finite")
         updates = int(values["updates"])
-        tokens += _tokens(resident, episodes, settings.questions, updates)
+        tokens += forward_tokens(resident, episodes, settings.questions, updates)
         done += updates
         batch += 1
         for name, value in {
@@ -229,20 +224,3 @@ def _sample(
     texts = [tasks.decode(resident, task, tokens, ended) for tokens, ended in sampled]
     repeated = tuple(p for p in prompts for _ in range(samples))
     return policy.Episodes(repeated, tuple(tokens for tokens, _ in sampled)), texts
-
-
-def _tokens(
-    resident: ResidentModel, episodes: policy.Episodes, questions: int, updates: int
-) -> int:
-    """Return the tokens that went through the policy for one batch (see the top of the file)."""
-    texts: dict[Ids, list[Ids]] = {}
-    for prompt, response in zip(episodes.prompts, episodes.responses, strict=True):
-        texts.setdefault(prompt, []).append(response)
-    prompts = [Prompt(p, tuple(r)) for p, r in texts.items()]
-    if not resident.checkpointing and worth_sharing(prompts):
-        scored = sum(len(p.tokens) + sum(map(len, p.completions)) for p in prompts)
-    else:
-        scored = row_tokens(prompts)
-    generated = sum(map(len, texts)) + sum(len(r) - 1 for r in episodes.responses)
-    minibatches = math.ceil(len(texts) / questions)
-    return generated + 2 * scored + round(scored * updates / minibatches)

@@ -17,7 +17,7 @@ from simulations import compare as comparing
 from simulations import scenario
 from simulations.cli import app as command
 from simulations.reproduce import Planned, plan, reproduce
-from simulations.reproduce_arms import KL_TARGET, TASKS, arms_of
+from simulations.reproduce_arms import FIRST_SEED, KL_TARGET, TASKS, arms_of
 from simulations.reproduce_parts import DEFAULT_PARTS, PARTS, choose
 from simulations.reproduction_claims import (
     CLAIMS,
@@ -49,7 +49,7 @@ Scores = Callable[[str, int], tuple[float, float]]
 
 def write_run(run: Planned, scores: Scores, kl: float = 0.2, mass: float = 0.98) -> None:
     """Write the ledger of a finished run: base (.7, .5), final scores as given, one exchange."""
-    seed = run.seed
+    seed = run.seed - FIRST_SEED
     final = dict(zip(GROUPS, scores(run.arm, seed), strict=True))
     base = {"big": 0.7 + 0.01 * seed, "small": 0.5 + 0.01 * seed}
 
@@ -112,8 +112,8 @@ def write_run(run: Planned, scores: Scores, kl: float = 0.2, mass: float = 0.98)
             "reward-scale": 1.0,
             "adaptive-branch": 1.0,
             "format-rate": 1.0,
-            "generated-tokens": 1000.0,
-            "updated-tokens": 2000.0,
+            "policy-tokens": 1000.0,
+            "tokens": 2000.0,
         }
         ledger.write(
             "train",
@@ -192,7 +192,8 @@ def test_core_is_every_rule_with_its_controls_on_both_tasks(tmp_path: Path) -> N
 def test_every_arm_is_a_valid_configuration_with_baselines_that_exist(
     part: str, tmp_path: Path
 ) -> None:
-    data = {0: {"data.source": "goqa", "data.path": str(tmp_path / "x"), "model.name": "pocket"}}
+    where = str(tmp_path / "x")
+    data = {FIRST_SEED: {"data.source": "goqa", "data.path": where, "model.name": "pocket"}}
     runs = plan(BASE_CONFIG, [part], 1, tmp_path, data)
     for task in PARTS[part].tasks:
         arms = arms_of(PARTS[part], task)
@@ -292,7 +293,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert d.interval.high - d.interval.centre == pytest.approx(half)
     assert (d.sign, d.missing) == (1, 0)
     assert difference(("core", "letter"), arms, "max", "mean", "worst").sign == -1
-    assert with_base(arms)[BASE].of("worst")[3] == pytest.approx(0.53)
+    assert with_base(arms)[BASE].of("worst")[FIRST_SEED + 3] == pytest.approx(0.53)
 
 
 def test_a_control_that_does_the_same_explains_all_and_one_that_does_nothing_none(
@@ -363,7 +364,8 @@ def test_two_seeds_failed_runs_and_lost_mass_decide_nothing(tmp_path: Path) -> N
     with Ledger(literal[0].folder / LEDGER) as ledger:
         ledger.put_run(status="failed: exchange 7: the policy collapsed")
     study = load(runs)
-    assert study["core", "letter"]["literal"].failed == {0: "exchange 7: the policy collapsed"}
+    failed = study["core", "letter"]["literal"].failed
+    assert failed == {FIRST_SEED: "exchange 7: the policy collapsed"}
     assert outcomes(study)[WORST] == UNDECIDED
 
 
@@ -417,7 +419,7 @@ def test_page_has_every_section_and_says_what_the_numbers_say(tmp_path: Path) ->
     assert not [line for line in text.splitlines() if "nan" in line.lower().split()]
     assert (tmp_path / "reproduction.svg").read_text().startswith("<?xml")
     arm = next(a for a in data["arms"] if (a["task"], a["arm"]) == ("order", "literal"))
-    assert set(arm["values"]) == {"0", "1", "2"}
+    assert set(arm["values"]) == {"3", "4", "5"}
     found = next(
         d
         for d in data["differences"]
@@ -448,7 +450,7 @@ def test_same_ledgers_same_page(tmp_path: Path) -> None:
 
 def test_page_with_no_finished_run(tmp_path: Path) -> None:
     text, _ = page(tmp_path, plan(BASE_CONFIG, ["core"], 1, tmp_path, {}))
-    assert "core, letter, mean, seed 0: it did not begin" in text
+    assert "core, letter, mean, seed 3: it did not begin" in text
     assert "not decidable" in text
 
 
@@ -471,20 +473,20 @@ def test_reproduce_runs_what_is_missing_and_goes_on_after_a_failure(
     monkeypatch.setattr(comparing, "run_task", fake)
     path = reproduce(tmp_path, ["oracle", "countries"], 2, 1)
     assert len(asked) == 12
-    assert "order, min, seed 1: it did not begin" in path.read_text()
+    assert "order, min, seed 4: it did not begin" in path.read_text()
     said = capsys.readouterr().err
     assert "part countries is left out" in said
     assert "failed: the policy collapsed" in said
     asked.clear()
     reproduce(tmp_path, ["oracle"], 2, 1)
-    assert asked == [("order min", 0), ("order min", 1)]
+    assert asked == [("order min", 3), ("order min", 4)]
     # Killed between the end of a run and its distance to the optimum: not finished.
-    killed = next(r for r in by_folder.values() if (r.task, r.arm, r.seed) == ("letter", "mean", 1))
+    killed = next(r for r in by_folder.values() if (r.task, r.arm, r.seed) == ("letter", "mean", 4))
     with Ledger(killed.folder / LEDGER) as ledger:
         ledger.put_references([])
     asked.clear()
     reproduce(tmp_path, ["oracle"], 2, 1)
-    assert asked == [("order min", 0), ("letter mean", 1), ("order min", 1)]
+    assert asked == [("order min", 3), ("letter mean", 4), ("order min", 4)]
 
 
 def test_reproduce_refuses_nothing_to_do_and_another_mode(tmp_path: Path) -> None:
