@@ -9,7 +9,7 @@ import ast
 from dataclasses import fields
 from pathlib import Path
 
-from fedalign import config as configuration
+from fedalign import config_sections
 from fedalign.config import CHOICES, NOT_IN_HASH, RANGES, Config, to_flat
 
 
@@ -17,7 +17,7 @@ def field_docs() -> dict[str, str]:
     """Return ``{"section.key": docstring}`` read from the source of the settings."""
     docs: dict[str, str] = {}
     names = {type(getattr(Config(), f.name)).__name__: f.name for f in fields(Config)}
-    for node in ast.parse(Path(configuration.__file__).read_text(encoding="utf-8")).body:
+    for node in ast.parse(Path(config_sections.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name in names:
             for statement, after in zip(node.body, node.body[1:], strict=False):
                 if (

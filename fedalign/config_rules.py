@@ -124,6 +124,8 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "score.min-option-mass": (0, 1, True, True),
     "personal.steps": (0, 10**9, True, True),
     "personal.learning-rate": (0, 10, False, True),
+    "deployment.min-sites": (0, 100_000, True, True),
+    "deployment.wait": (0, 30 * 86400, False, True),
 }
 
 
@@ -174,9 +176,15 @@ def check(flat: Mapping[str, Scalar]) -> None:
             f"local.label-noise = {flat['local.label-noise']} has no effect on loss "
             f"'{flat['local.loss']}'. Use loss 'conservative' or 'robust', or set it to 0."
         )
-    paths = ["rewards.prompts", "run.out"]
+    paths = ["rewards.prompts", "run.out", "deployment.registry", "deployment.audit"]
     if flat["data.source"] != "hf":
         paths.append("data.path")
+    stray = [k for k in ("deployment.audit", "deployment.min-sites") if flat[k]]
+    if stray and not flat["deployment.registry"]:
+        raise ConfigError(
+            f"{stray[0]} = {flat[stray[0]]} has no effect without deployment.registry: a "
+            "simulation has no enrolled sites."
+        )
     for name in paths:
         given = str(flat[name])
         if given and not Path(given).is_absolute():

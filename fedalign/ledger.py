@@ -17,7 +17,7 @@ the number of the last round).  Stages of a score are ``base``, ``shared``, ``pe
 adapter a client got in a round, before it trained) on split ``validation``.
 
 Not a number is not a value: SQLite would store NaN as NULL, so it is refused here.  A score that
-failed has a status, a reason and no value.
+failed, or that a site withholds, has a status, a reason and no value.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fedalign.errors import FedalignError
 from fedalign.ledger_rows import (
     DATED,
     TABLES,
+    WITHHELD,
     ClientRow,
     CurveRow,
     DiscardedRow,
@@ -51,6 +52,7 @@ from fedalign.ledger_rows import (
 from fedalign.ledger_store import columns_of, insert, open_ledger
 
 __all__ = [
+    "WITHHELD",
     "ClientRow",
     "CurveRow",
     "DiscardedRow",

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 FORMAT = 1
 """Written to ``PRAGMA user_version``; a ledger of another format is refused."""
 
+WITHHELD = "withheld"
+"""Status of a score that a site's policy keeps to itself: it exists, and nobody here knows it."""
+
 Triple = tuple[str, int, int]
 """(phase, round, attempt)"""
 
@@ -57,6 +60,7 @@ class ScoreRow(Dated):
     uniform: float | None = None
     """Score of a uniform answerer on the same questions; None for pairs."""
     status: str = "ok"
+    """``ok``, ``withheld`` or another word for why there is no score."""
     reason: str = ""
     """Short code of the failure; required when ``status`` is not ``ok``."""
 

@@ -1,18 +1,21 @@
 """Who hosts what: clients, their groups and sizes, and the node that answers for each.
 
 Built from the answers to ``hello``.  History, ledger, sampling and quorum speak of clients and
-groups; only this table knows nodes.  In simulation a node's own word for a group counts.
+groups; only this table knows nodes.  In simulation a node's own word for a group counts; in a
+deployment the enrolled one does (``roll_call.py``), and a client keeps its name and its place while
+its node changes or is away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from fedalign import wire
 from fedalign.aggregation.clients import capped_sizes
 from fedalign.errors import RunFailed
 from fedalign.randomness import generator
+from server.enrolled import OnlineSite
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class Member:
 
     client: str
     group: str
-    node: int
+    node: int | None
+    """Flower's number of the node that answers for it now; None: its site is offline."""
     train: int
     validation: int
     test: int
     size: int
     """Size claim, at least 1; capped where it is used."""
+    key: bytes = b""
+    """Public key of the node, as Flower shows it; empty in a simulation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Directory:
     form: str
     manifest: wire.Manifest
     versions: Mapping[str, str]
+    enrolled: bool = False
+    """The clients are enrolled sites of a deployment."""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -62,15 +70,37 @@ class Directory:
         return tuple(names[i] for i in sorted(int(i) for i in chosen))
 
     def jobs(self, clients: Sequence[str], at_most: int) -> list[tuple[int, tuple[str, ...]]]:
-        """Return (node, clients) for each message: the clients of a node, ``at_most`` at a time."""
+        """Return (node, clients) for each message: the clients of a node, ``at_most`` at a time.
+
+        Clients whose site is offline are left out.
+        """
         by_node: dict[int, list[str]] = {}
         for name in sorted(clients):
-            by_node.setdefault(self.members[name].node, []).append(name)
+            node = self.members[name].node
+            if node is not None:
+                by_node.setdefault(node, []).append(name)
         return [
             (node, tuple(names[i : i + at_most]))
             for node, names in sorted(by_node.items(), key=lambda entry: entry[1][0])
             for i in range(0, len(names), at_most)
         ]
+
+    def located(self, online: Mapping[str, OnlineSite]) -> Directory:
+        """Return the directory with every site's node and key as they are now."""
+        members = {
+            name: replace(
+                m,
+                node=online[name].node if name in online else None,
+                key=online[name].key if name in online else m.key,
+            )
+            for name, m in self.members.items()
+        }
+        return replace(self, members=members)
+
+    def without(self, clients: Collection[str]) -> Directory:
+        """Return the directory without these clients."""
+        members = {name: m for name, m in self.members.items() if name not in clients}
+        return replace(self, members=members)
 
 
 def build(hellos: Iterable[tuple[int, wire.Hello]]) -> Directory:

@@ -9,7 +9,8 @@ asks all clients for the error of the final parameters and changes nothing.
 A group none of whose replies is usable is left out of the mean of that round.  Below quorum the
 attempt is void.  The ledger gets, under phase ``predictor``, a reply a client and the curves
 ``predictor-loss`` (last step) and ``predictor-error`` (of the parameters the client received, on
-its validation questions: mean Jensen-Shannon distance, lower is better).
+its validation questions: mean Jensen-Shannon distance, lower is better; absent where a site
+withholds it).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from fedalign.wire.predictor import (
     encode_predictor,
     predictor_record,
 )
-from server.strategy import GroupStrategy, QuorumMissed
+from server.asking import QuorumMissed
+from server.strategy import GroupStrategy
 
 PHASE = "predictor"
 
@@ -43,16 +45,12 @@ def first_predictor(strategy: GroupStrategy, dim: int) -> wire.F32:
 
 def configure_predictor(strategy: GroupStrategy, round_: int, flat: wire.F32) -> Iterable[Message]:
     """Ask the sampled clients to train (P,) parameters; all clients in the round after the last."""
-    config = strategy.config
-    chosen: Sequence[str] = tuple(strategy.directory.members)
-    if round_ <= config.predictor.rounds:
-        chosen = strategy.directory.sample(config.run.seed, round_, config.run.clients_per_round)
     record = predictor_record(flat)
 
     def build(request: wire.Request) -> RecordDict:
         return encode_predictor(wire.encode_request(request), record)
 
-    return strategy.messages(PREDICTOR, PHASE, round_, chosen, build)
+    return strategy.messages(PREDICTOR, PHASE, round_, strategy.asked(PHASE, round_), build)
 
 
 def aggregate_predictor(
@@ -77,12 +75,13 @@ def aggregate_predictor(
 
     strategy.collect(replies, decode, failed)
     try:
-        strategy.check_quorum(PHASE, round_, len(usable), failed)
+        strategy.check_quorum(PHASE, round_, usable, failed)
     except QuorumMissed:
         rows = strategy.recorder.failures(failed)
         strategy.ledger.write(PHASE, round_, strategy.attempt, replies=rows)
         raise
     training = round_ <= strategy.config.predictor.rounds
+    trained = {client: trained[client] for client in usable}
     weights = fixed_weights(strategy, tuple(usable)) if training else {}
     flat = average(trained, weights) if training else received
     if not np.isfinite(flat).all():
@@ -103,7 +102,7 @@ def aggregate_predictor(
         CurveRow(client=c, name=name, value=value)
         for c, r in sorted(usable.items())
         for name, value in (("predictor-loss", r.loss_last), ("predictor-error", r.error))
-        if training or name == "predictor-error"
+        if (training if name == "predictor-loss" else r.questions > 0)
     ]
     strategy.ledger.write(
         PHASE,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedalign import wire
 from fedalign.aggregation.records import Observation, RuleState
 from fedalign.ledger import (
+    WITHHELD,
     CurveRow,
     DiscardedRow,
     ItemRow,
@@ -80,9 +81,10 @@ class Recorder:
             attempt,
             replies=replies + self.failures(failed),
             scores=[
-                self.score_row("received", c, "validation", r.score)
+                self.withheld_row("received", c, "validation")
+                if r.score is None
+                else self.score_row("received", c, "validation", r.score)
                 for c, r in sorted(usable.items())
-                if r.score is not None
             ],
             weights=[
                 WeightRow(
@@ -136,6 +138,19 @@ class Recorder:
             score=score.score,
             option_mass=score.option_mass if self.directory.form == "survey" else None,
             uniform=score.uniform,
+        )
+
+    def withheld_row(self, stage: str, client: str, split: str) -> ScoreRow:
+        """Return the row of a client whose site keeps its score to itself: it has no value."""
+        return ScoreRow(
+            stage=stage,
+            client=client,
+            group=self.directory.members[client].group,
+            split=split,
+            metric=self.metric,
+            n=0,
+            status=WITHHELD,
+            reason=WITHHELD,
         )
 
     def item_rows(self, stage: str, client: str, split: str, score: wire.Score) -> list[ItemRow]:

@@ -49,7 +49,8 @@ from fedalign.config import RewardsConfig, resolve_reward
 from fedalign.errors import RunFailed
 from fedalign.ledger import CurveRow, ReplyRow, TimingRow, WeightRow
 from fedalign.wire.predictor import encode_predictor, predictor_record
-from server.strategy import GroupStrategy, QuorumMissed
+from server.asking import QuorumMissed
+from server.strategy import GroupStrategy
 
 F64 = npt.NDArray[np.float64]
 
@@ -141,9 +142,7 @@ class RewardStrategy(GroupStrategy):
         self, round_: int, rollouts: wire.Rollouts, predictor: wire.F32 | None
     ) -> Iterable[Message]:
         """Ask the sampled clients what the texts are worth to them."""
-        chosen = self.directory.sample(
-            self.config.run.seed, round_, self.config.run.clients_per_round
-        )
+        chosen = self.asked("train", round_)
         shared = None if predictor is None else predictor_record(predictor)
 
         def build(request: wire.Request) -> RecordDict:
@@ -169,7 +168,7 @@ class RewardStrategy(GroupStrategy):
 
         self.collect(replies, decode, failed)
         try:
-            self.check_quorum("train", round_, len(usable), failed)
+            self.check_quorum("train", round_, usable, failed)
             return group_rewards(
                 usable,
                 {c: m.group for c, m in self.directory.members.items()},

@@ -28,24 +28,25 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedalign import wire
-from fedalign.aggregation.adapters import initial_adapter
-from fedalign.aggregation.records import RuleState
-from fedalign.config import Config, config_hash, resolve_metric, to_flat, to_json
-from fedalign.errors import ConfigError, ResumeError, RunFailed
-from fedalign.ledger import ClientRow, Ledger
-from fedalign.models.layout import pack
+from fedalign.config import Config, config_hash, resolve_metric, to_flat
+from fedalign.errors import FedalignError, ResumeError, RunFailed
+from fedalign.ledger import Ledger
 from fedalign.report.html import build_report
 from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
 from server import checkpoint as checkpoints
+from server.asking import QuorumMissed
 from server.checkpoint import Checkpoint
-from server.directory import Directory
+from server.enrolled import Enrolled, open_enrolled
 from server.exchange_round import open_policy, predictor_inputs, run_exchange
 from server.export import write_adapter
 from server.hello import ask_hello
+from server.opening import check_possible, client_rows, open_run, option_mass
 from server.predictor import aggregate_predictor, configure_predictor, first_predictor
+from server.presence import Presence
 from server.progress import Progress
 from server.rlhf import Policy, RewardStrategy
-from server.strategy import GroupStrategy, QuorumMissed
+from server.roll_call import call_sites
+from server.strategy import GroupStrategy
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,43 @@ class Outcome:
     """Base and final option mass in words; empty where it is not defined."""
 
 
-def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) -> Outcome:
+def execute(
+    grid: Grid,
+    config: Config,
+    progress: Progress,
+    poll: float = 0.05,
+    enrolled: Enrolled | None = None,
+) -> Outcome:
     """Run, or go on with, the federation described by ``config``; ``config.run.out`` is prepared.
+
+    ``enrolled`` are the sites of a deployment; without them ``deployment.registry`` says who they
+    are, and where that is empty the run is a simulation.
 
     Raises ``RunFailed`` when a phase misses its quorum ``run.max-attempts`` times, and
     ``ResumeError`` when the folder's run has other settings.
     """
     folder = Path(config.run.out)
+    enrolled = enrolled or open_enrolled(config.deployment)
     with Ledger(folder / LEDGER) as ledger:
         progress.phase("hello", "loading model and data")
-        directory = ask_hello(grid, config, poll)
-        metric = resolve_metric(config, directory.form)
-        _check_possible(config, directory, metric)
-        state = _open(folder, config, directory, ledger, progress)
+        try:
+            if enrolled is None:
+                directory = ask_hello(grid, config, poll)
+            else:
+                directory = call_sites(grid, config, enrolled, ledger, progress, poll)
+            metric = resolve_metric(config, directory.form)
+            check_possible(config, directory, metric)
+            state = open_run(folder, config, directory, ledger, progress)
+        except ResumeError as error:
+            ledger.event("not-resumed", str(error))
+            raise
+        except FedalignError as error:
+            _failed(ledger, error)
+            raise
         kind = RewardStrategy if config.run.mode == "rewards" else GroupStrategy
         strategy = kind(config, directory, ledger, folder, metric)
         strategy.state = state.rule_state
+        strategy.enrolled = enrolled
         ledger.put_run(
             config=to_flat(config),
             config_hash=config_hash(config),
@@ -86,28 +108,25 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
             status="running",
             started=time.time(),
         )
-        ledger.put_clients(
-            [
-                ClientRow(m.client, m.group, directory.form, m.train, m.validation, m.test, m.size)
-                for m in directory.members.values()
-            ]
-        )
+        ledger.put_clients(client_rows(directory, ledger))
         progress.start(
             str(folder), len(directory.members), len(directory.groups), config.run.rounds
         )
         try:
-            run = _Run(grid, config, strategy, ledger, folder, progress, poll, state)
+            presence = (
+                None if enrolled is None else Presence(grid, enrolled, strategy, progress, poll)
+            )
+            run = _Run(grid, config, strategy, ledger, folder, progress, poll, state, presence)
             run.base()
             run.predictor()
             run.train()
             run.final()
             run.personal()
         except RunFailed as error:
-            ledger.event("run-failed", str(error))
-            ledger.put_run(status=f"failed: {error}")
+            _failed(ledger, error)
             raise
         shutil.rmtree(folder / SPOOL, ignore_errors=True)
-        before, after = _option_mass(ledger, "base"), _option_mass(ledger, "shared")
+        before, after = option_mass(ledger, "base"), option_mass(ledger, "shared")
         mass_ok = after is None or after >= config.score.min_option_mass
         ledger.put_run(status="completed" if mass_ok else "failed: option mass")
         write_adapter(run.state, ledger, folder / ADAPTER)
@@ -116,6 +135,11 @@ def execute(grid: Grid, config: Config, progress: Progress, poll: float = 0.05) 
     if before is not None and after is not None:
         masses = f"{before:.3f} at the base, {masses}"
     return Outcome(folder, build_report(folder), run.state.round, mass_ok, masses)
+
+
+def _failed(ledger: Ledger, error: FedalignError) -> None:
+    ledger.event("run-failed", str(error))
+    ledger.put_run(status=f"failed: {error}")
 
 
 class _Run:
@@ -131,6 +155,7 @@ class _Run:
         progress: Progress,
         poll: float,
         state: Checkpoint,
+        presence: Presence | None,
     ) -> None:
         self.grid = grid
         self.config = config
@@ -140,6 +165,7 @@ class _Run:
         self.progress = progress
         self.poll = poll
         self.state = state
+        self.presence = presence
         self._arrays = wire.adapter_record(state.adapter)
         self._policy: Policy | None = None
         self._predictor: wire.F32 = np.zeros(0, dtype=np.float32)
@@ -151,7 +177,7 @@ class _Run:
         self.progress.phase("base", "scoring the untouched base")
         self._evaluate("base", 0)
         self._commit("base", 0, rule_state=self.strategy.state)
-        mass, least = _option_mass(self.ledger, "base"), self.config.score.min_option_mass
+        mass, least = option_mass(self.ledger, "base"), self.config.score.min_option_mass
         if mass is not None and mass < least:
             what = (
                 f"puts only {mass:.2f} of its probability on the answer options"
@@ -192,7 +218,10 @@ class _Run:
             self._attempts("train", round_, one_round)
             result = self.strategy.result
             assert result is not None
-            best, since = self._early_stop({g: h.value for g, h in result.state.history.items()})
+            histories = result.state.history
+            best, since = self._early_stop(
+                [histories[g].value for g in self.strategy.directory.groups if g in histories]
+            )
             patience = self.config.run.early_stop_patience
             stop = patience > 0 and since >= patience
             self._commit(
@@ -261,8 +290,11 @@ class _Run:
 
     def _attempts(self, phase: str, round_: int, attempt: Callable[[int], None]) -> None:
         first = self._next_attempt(phase, round_)
-        for number in range(first, first + self.config.run.max_attempts):
+        last = first + self.config.run.max_attempts - 1
+        for number in range(first, last + 1):
             self.strategy.attempt = number
+            if self.presence is not None:
+                self.presence.before(phase, round_)
             try:
                 attempt(round_)
                 return
@@ -274,6 +306,8 @@ class _Run:
                 )
                 self.progress.warn(str(error))
                 failure = error
+                if self.presence is not None and number < last:
+                    self.presence.after_failure(phase, round_)
         raise RunFailed(f"gave up after {self.config.run.max_attempts} attempts. {failure}")
 
     def _done(self, phase: str) -> int:
@@ -288,7 +322,8 @@ class _Run:
 
     def _exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Push all messages now; yield replies as they come, until the round's time is over."""
-        waiting = set(self.grid.push_messages(messages))
+        # Flower gives no id to a message for a node that was unregistered a moment ago.
+        waiting = {i for i in self.grid.push_messages(messages) if i}
         end = time.monotonic() + self.config.run.round_timeout
         return self._pull(waiting, end)
 
@@ -315,67 +350,13 @@ class _Run:
         checkpoints.save(self.folder / CHECKPOINT, self.state)
         self.ledger.commit(*triple)
 
-    def _early_stop(self, scores: dict[str, float]) -> tuple[float | None, int]:
-        """Return best value and rounds since; ``scores`` are the histories of *all* groups, so that
-        rounds with other clients can be compared."""
-        if self.config.run.early_stop_patience == 0:
+    def _early_stop(self, values: list[float]) -> tuple[float | None, int]:
+        """Return best value and rounds since; ``values`` are the histories of *all* groups, so that
+        rounds with other clients can be compared.  Where every group withholds, nothing stops."""
+        if self.config.run.early_stop_patience == 0 or not values:
             return None, 0
-        values = list(scores.values())
         worst = self.config.run.early_stop_on == "worst"
         value = min(values) if worst else sum(values) / len(values)
         if self.state.best is None or value > self.state.best:
             return value, 0
         return self.state.best, self.state.rounds_since_best + 1
-
-
-def _open(
-    folder: Path, config: Config, directory: Directory, ledger: Ledger, progress: Progress
-) -> Checkpoint:
-    """Return the checkpoint to go on from: the run's last, or a fresh start."""
-    path = folder / CHECKPOINT
-    if path.exists():
-        if not config.run.resume:
-            raise ResumeError(f"{folder} holds a run; set run.resume = true to go on with it.")
-        found = checkpoints.load(path)
-        for warning in checkpoints.check_resumable(
-            found, config, directory.manifest, directory.versions
-        ):
-            progress.warn(warning)
-            ledger.event("version-changed", warning)
-        ledger.set_commits(found.commits)
-        ledger.event("resumed", f"after {found.phase} {found.round}")
-        return found
-    manifest = directory.manifest
-    adapter = pack(initial_adapter(dict(manifest.layout), config.run.seed), manifest.layout)
-    return Checkpoint(
-        config_json=to_json(config),
-        config_hash=config_hash(config),
-        manifest_json=manifest.to_json(),
-        versions=dict(directory.versions),
-        phase="",
-        round=0,
-        training_done=False,
-        best=None,
-        rounds_since_best=0,
-        rule_state=RuleState(),
-        commits=(),
-        adapter=np.asarray(adapter, dtype=np.float32),
-    )
-
-
-def _check_possible(config: Config, directory: Directory, metric: str) -> None:
-    if config.run.clients_per_round > len(directory.members):
-        raise ConfigError(
-            f"run.clients-per-round = {config.run.clients_per_round}, but there are "
-            f"{len(directory.members)} clients. Use at most that many, or 0 for all."
-        )
-    empty = [m.client for m in directory.members.values() if not (m.train and m.validation)]
-    if empty:
-        raise RunFailed(f"client '{empty[0]}' has no training or no validation questions.")
-
-
-def _option_mass(ledger: Ledger, stage: str) -> float | None:
-    """Return the mean probability on the answer options over test questions; None for pairs."""
-    rows = [(s.option_mass, s.n) for s in ledger.scores(stage, "test") if s.option_mass is not None]
-    total = sum(n for _, n in rows)
-    return sum(m * n for m, n in rows) / total if total else None

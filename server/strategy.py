@@ -4,23 +4,25 @@ One round of adapter federation:
 
 1. ``configure_train`` sends the global adapter to the sampled clients;
 2. each client scores the adapter *as received* on its validation questions, trains, and replies;
-3. ``aggregate_train`` checks every reply against the wire contract.  Usable updates go to the
-   spool, everything else is recorded with its reason and left out;
-4. below quorum the round is void (:class:`QuorumMissed`): the adapter and the histories stay as
-   they were.  Otherwise: group scores -> rule -> group weights -> client weights -> aggregate.
+3. ``aggregate_train`` checks every reply against the wire contract (``asking.py``).  Usable updates
+   go to the spool, everything else is recorded with its reason and left out;
+4. below quorum the round is void (``QuorumMissed``): the adapter and the histories stay as they
+   were.  Otherwise: group scores -> rule -> group weights -> client weights -> aggregate.
 
 The score of the received adapter is known before aggregation, so the weights of round t use a
 history that includes round t.  **Absent groups**: a group none of whose replies is usable keeps its
-history bit for bit and has weight 0 in the round; the others share the whole weight.
+history bit for bit and has weight 0 in the round; the others share the whole weight.  **Withheld
+scores**: a site may train and not say how well it is served; its update counts, its group's history
+stays as it is (``fedalign/aggregation/history.py``).  Only a site's own policy does that; in a
+simulation a group without a defined score is an error.
 
 The loop around the hooks is in ``run.py``.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,19 +41,16 @@ from fedalign.aggregation.records import (
     RuleState,
     WeightSettings,
 )
-from fedalign.config import Config, personal_stages, to_json
-from fedalign.errors import RunFailed, WireError
+from fedalign.config import Config, personal_stages
+from fedalign.errors import RunFailed
 from fedalign.ledger import ItemRow, Ledger, ScoreRow
 from fedalign.metrics.alignment import SCORE_LOW
 from fedalign.models.layout import pack, unpack
 from fedalign.runfolder import SPOOL
+from server.asking import Asking, QuorumMissed
 from server.directory import Directory
 from server.recording import Combined, Recorder
 from server.spool import Spool
-
-
-class QuorumMissed(RunFailed):
-    """Too few usable replies; the attempt is void and may be tried again."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,13 @@ def with_adapter(arrays: ArrayRecord) -> Callable[[wire.Request], RecordDict]:
     return lambda request: wire.encode_request(request, arrays)
 
 
-class GroupStrategy(Strategy):
+class GroupStrategy(Asking, Strategy):
     """Reweights groups by how well they have been served so far."""
 
     def __init__(
         self, config: Config, directory: Directory, ledger: Ledger, folder: Path, metric: str
     ) -> None:
-        self.config = config
-        self.directory = directory
-        self.ledger = ledger
+        super().__init__(config, directory, ledger)
         self.folder = folder
         self.recorder = Recorder(ledger, directory, metric)
         self.score_low = SCORE_LOW[metric]
@@ -88,7 +85,6 @@ class GroupStrategy(Strategy):
             ("validation", "test", "train") if config.score.seen else ("validation", "test")
         )
         self.state = RuleState()
-        self.attempt = 1
         self.spool: Spool | None = None
         self.result: RoundResult | None = None
         """Of the last ``aggregate_train``; read by the run loop."""
@@ -102,9 +98,11 @@ class GroupStrategy(Strategy):
             q=w.q,
             seed=config.run.seed,
         )
-        self._config_json = to_json(config)
-        self._sent: list[tuple[Message, tuple[str, ...]]] = []
         self._received: wire.F32 = np.zeros(0, dtype=np.float32)
+
+    def relocate(self, directory: Directory) -> None:
+        """Work with another directory from now on: sites have moved, left or come back."""
+        self.directory = self.recorder.directory = directory
 
     # --- hooks ------------------------------------------------------------------------------
 
@@ -112,9 +110,7 @@ class GroupStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask the sampled clients to score and train the global adapter."""
-        chosen = self.directory.sample(
-            self.config.run.seed, server_round, self.config.run.clients_per_round
-        )
+        chosen = self.asked("train", server_round)
         self._received = np.asarray(arrays["adapter"].numpy(), dtype=np.float32)
         return self.messages(wire.TRAIN, "train", server_round, chosen, with_adapter(arrays))
 
@@ -143,14 +139,17 @@ class GroupStrategy(Strategy):
         self.collect(replies, decode, failed)
         received_at = time.perf_counter()
         try:
-            self.check_quorum("train", server_round, len(usable), failed)
+            self.check_quorum("train", server_round, usable, failed)
         except QuorumMissed:
             self.ledger.write(
                 "train", server_round, self.attempt, replies=self.recorder.failures(failed)
             )
             self.spool.delete()
             raise
-        observation = self._observe(server_round, {c: r.score for c, r in usable.items()})
+        for client in hashes.keys() - usable.keys():
+            self.spool.drop(client)
+        withheld = {c for c, r in usable.items() if r.score is None}
+        observation = self._observe(server_round, {c: r.score for c, r in usable.items()}, withheld)
         state, weights = WEIGHT_RULES[self.config.weights.rule](
             self.settings, self.state, observation
         )
@@ -164,7 +163,7 @@ class GroupStrategy(Strategy):
             raise RunFailed(
                 f"round {server_round}: the combined adapter is not finite; nothing was committed."
             )
-        scores = {g: float(o.score) for g, o in observation.groups.items() if o.score is not None}
+        scores = observation.scores()
         self.recorder.train_round(
             server_round,
             self.attempt,
@@ -180,17 +179,17 @@ class GroupStrategy(Strategy):
         )
         self.state = state
         self.result = RoundResult(combined.adapter, state, scores, weights)
-        metrics = {"worst": min(scores.values()), "average": sum(scores.values()) / len(scores)}
-        return wire.adapter_record(combined.adapter), MetricRecord(dict(metrics))
+        return wire.adapter_record(combined.adapter), _summary(scores)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask all clients to score an adapter; ``config`` names phase and splits."""
         splits = tuple(str(config["splits"]).split(","))
-        everyone = tuple(self.directory.members)
+        phase = str(config["phase"])
+        everyone = self.asked(phase, server_round)
         return self.messages(
-            wire.SCORE, str(config["phase"]), server_round, everyone, with_adapter(arrays), splits
+            wire.SCORE, phase, server_round, everyone, with_adapter(arrays), splits
         )
 
     def aggregate_evaluate(
@@ -200,15 +199,13 @@ class GroupStrategy(Strategy):
         phase = "base" if server_round == 0 else "final"
         stage = "base" if server_round == 0 else "shared"
         rows = self._score_rows(phase, server_round, replies, self.splits)
-        scores: list[ScoreRow] = []
-        items: list[ItemRow] = []
-        for row in rows:
-            for split, score in row.scores.items():
-                scores.append(self.recorder.score_row(stage, row.client, split, score))
-                items += self.recorder.item_rows(stage, row.client, split, score)
-        self.ledger.write(phase, server_round, self.attempt, scores=scores, items=items)
+        self._write_scores(phase, server_round, rows, {s: (stage, s) for s in self.splits})
+        # Also a site that keeps back validation alone: its gap is no reason to stop the others.
+        withheld = {
+            r.client for r in rows if self.directory.enrolled and "validation" not in r.scores
+        }
         observation = self._observe(
-            server_round, {r.client: r.scores.get("validation") for r in rows}
+            server_round, {r.client: r.scores.get("validation") for r in rows}, withheld
         )
         if not observation.present():
             raise QuorumMissed(f"{phase} {server_round}: no client scored a validation question.")
@@ -221,8 +218,7 @@ class GroupStrategy(Strategy):
             )
         if phase == "base" and self.config.run.mode == "adapters":
             self.state = history.cold_start(self.settings, observation)
-        found = [o.score for o in observation.groups.values() if o.score is not None]
-        return MetricRecord({"worst": min(found), "average": sum(found) / len(found)})
+        return _summary(observation.scores())
 
     def summary(self) -> None:
         """Say nothing: the command that runs shows settings and progress."""
@@ -231,7 +227,7 @@ class GroupStrategy(Strategy):
 
     def configure_personal(self, server_round: int, arrays: ArrayRecord) -> Iterable[Message]:
         """Ask all clients to train on from the final adapter; nothing but scores comes back."""
-        everyone = tuple(self.directory.members)
+        everyone = self.asked("personal", server_round)
         return self.messages(
             wire.PERSONAL, "personal", server_round, everyone, with_adapter(arrays)
         )
@@ -240,132 +236,70 @@ class GroupStrategy(Strategy):
         """Record the test scores of the personal and local-only adapters."""
         stages = personal_stages(self.config)
         rows = self._score_rows("personal", server_round, replies, stages)
-        scores = [
-            self.recorder.score_row(stage, r.client, "test", s)
-            for r in rows
-            for stage, s in r.scores.items()
-        ]
-        items = [
-            item
-            for r in rows
-            for stage, s in r.scores.items()
-            for item in self.recorder.item_rows(stage, r.client, "test", s)
-        ]
-        self.ledger.write("personal", server_round, self.attempt, scores=scores, items=items)
+        self._write_scores("personal", server_round, rows, {s: (s, "test") for s in stages})
 
-    # --- sending ----------------------------------------------------------------------------
+    # --- scores -----------------------------------------------------------------------------
 
-    def messages(
+    def withholds(self, reply: wire.ScoreReply) -> bool:
+        """Say whether a site keeps its scores to itself, as only a deployed one may."""
+        return self.directory.enrolled and not reply.scores
+
+    def _write_scores(
         self,
-        kind: str,
         phase: str,
         round_: int,
-        clients: Sequence[str],
-        build: Callable[[wire.Request], RecordDict],
-        splits: tuple[str, ...] = (),
-    ) -> list[Message]:
-        """Return a message for each node and ``clients-per-message`` of its clients.
-
-        ``build`` makes the content from the request; :meth:`collect` reads the replies to these.
-        """
-        self._sent = []
-        for node, names in self.directory.jobs(clients, self.config.run.clients_per_message):
-            request = wire.Request(
-                phase,
-                round_,
-                self.attempt,
-                names,
-                self._config_json,
-                self.directory.manifest.hash,
-                splits,
-            )
-            message = Message(
-                build(request),
-                node,
-                kind,
-                ttl=self.config.run.round_timeout,
-                group_id=f"{phase}-{round_}-{self.attempt}",
-            )
-            self._sent.append((message, names))
-        return [m for m, _ in self._sent]
-
-    # --- receiving --------------------------------------------------------------------------
-
-    def collect(
-        self,
-        replies: Iterable[Message],
-        decode: Callable[[Message, Sequence[str]], None],
-        failed: dict[str, str],
+        rows: Sequence[wire.ScoreReply],
+        meaning: Mapping[str, tuple[str, str]],
     ) -> None:
-        """Hand each reply to ``decode``; note why the clients of a lost or broken one failed."""
-        waiting = {m.metadata.message_id: names for m, names in self._sent}
-        for reply in replies:
-            names = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if names is None:
-                self.ledger.event("stray-reply", attempt=self.attempt)
-                continue
-            if reply.has_error():
-                # The error's text may quote private data: only its code is kept.
-                failed.update(dict.fromkeys(names, f"flower-error-{reply.error.code}"))
-                continue
-            try:
-                decode(reply, names)
-            except WireError as error:
-                failed.update(dict.fromkeys(names, error.reason))
-        for names in waiting.values():
-            failed.update(dict.fromkeys(names, "no-reply"))
-
-    def check_quorum(self, phase: str, round_: int, usable: int, failed: dict[str, str]) -> None:
-        """Note every failed client; raise :class:`QuorumMissed` when too few are usable."""
-        for client, reason in sorted(failed.items()):
-            self.ledger.event(
-                "reply-rejected",
-                reason,
-                phase=phase,
-                round=round_,
-                attempt=self.attempt,
-                client=client,
-            )
-        asked = usable + len(failed)
-        needed = max(1, math.ceil(self.config.run.quorum * asked - 1e-9))
-        if usable < needed:
-            reasons = ", ".join(sorted(set(failed.values())))
-            raise QuorumMissed(
-                f"{phase} {round_}, attempt {self.attempt}: {usable} of {asked} clients usable, "
-                f"{needed} needed (run.quorum = {self.config.run.quorum:g}); reasons: {reasons}."
-            )
+        """Record scores; ``meaning`` gives stage and split of each name in a reply."""
+        scores: list[ScoreRow] = []
+        items: list[ItemRow] = []
+        for row in rows:
+            if self.withholds(row):
+                scores += [
+                    self.recorder.withheld_row(s, row.client, p) for s, p in meaning.values()
+                ]
+            for name, score in row.scores.items():
+                stage, split = meaning[name]
+                scores.append(self.recorder.score_row(stage, row.client, split, score))
+                items += self.recorder.item_rows(stage, row.client, split, score)
+        self.ledger.write(phase, round_, self.attempt, scores=scores, items=items)
 
     def _score_rows(
         self, phase: str, round_: int, replies: Iterable[Message], stages: Sequence[str]
     ) -> list[wire.ScoreReply]:
-        rows: list[wire.ScoreReply] = []
+        usable: dict[str, wire.ScoreReply] = {}
         failed: dict[str, str] = {}
 
         def decode(message: Message, clients: Sequence[str]) -> None:
             for row in wire.decode_scores(message.content, clients, stages, self.score_low):
                 if row.status == wire.OK:
-                    rows.append(row)
+                    usable[row.client] = row
                 else:
                     failed[row.client] = wire.STATUS[row.status]
 
         self.collect(replies, decode, failed)
-        self.check_quorum(phase, round_, len(rows), failed)
-        return sorted(rows, key=lambda r: r.client)
+        self.check_quorum(phase, round_, usable, failed)
+        return [usable[c] for c in sorted(usable)]
 
     # --- the round ----------------------------------------------------------------------------
 
-    def _observe(self, round_: int, scores: dict[str, wire.Score | None]) -> Observation:
-        """Group scores from their usable clients; a group without any is absent."""
+    def _observe(
+        self, round_: int, scores: Mapping[str, wire.Score | None], withheld: Collection[str]
+    ) -> Observation:
+        """Group scores from their usable clients; a group without any is withheld or absent."""
+        members = self.directory.members
         groups: dict[str, GroupObservation] = {}
         sizes = self.directory.group_sizes()
         for group in self.directory.groups:
             found = [
                 (s.score, s.n)
                 for c, s in sorted(scores.items())
-                if s is not None and self.directory.members[c].group == group
+                if s is not None and members[c].group == group
             ]
             value = group_score([s for s, _ in found], [n for _, n in found]) if found else None
-            groups[group] = GroupObservation(value is not None, value, sizes[group])
+            kept = value is None and any(members[c].group == group for c in withheld)
+            groups[group] = GroupObservation(value is not None or kept, value, sizes[group], kept)
         return Observation(round_, groups, self.score_low)
 
     def _combine(self, shares: dict[str, float]) -> Combined:
@@ -390,3 +324,12 @@ class GroupStrategy(Strategy):
         ]
         discarded += [(module, "", share) for module, share in aggregate.discarded.items()]
         return Combined(pack(aggregate.tensors, manifest.layout), discarded, norms)
+
+
+def _summary(scores: Mapping[str, float]) -> MetricRecord:
+    """Return worst and average over the groups that give a score; empty when none does."""
+    if not scores:
+        return MetricRecord()
+    return MetricRecord(
+        {"worst": min(scores.values()), "average": sum(scores.values()) / len(scores)}
+    )

@@ -15,6 +15,7 @@ Where we differ:
   the softmax over the present ones, whatever the absent groups hold.  Floor and ceiling are
   therefore applied once, last, in units of 1 / (number of present groups), so that they hold for
   the weights that are used.  :func:`coverage` tells how much of the enrolled weight was present.
+- A present group that never gave a score counts as an average one (``history.py``).
 
 When not to use it: when groups cannot be served equally well (a group with diffuse answers always
 looks worst served), or with a high ceiling when you do not trust the parties that report scores.
@@ -37,8 +38,7 @@ def update(
         ValueError: temperature not above 0, or an observation no rule may see.
     """
     state = history.observe(state, settings, observation)
-    shortfalls = {g: history.shortfall(state, g) for g in observation.present()}
-    return state, softmax_weights(shortfalls, settings)
+    return state, softmax_weights(history.shortfalls(state, observation), settings)
 
 
 def softmax_weights(shortfalls: dict[str, float], settings: WeightSettings) -> dict[str, float]:
@@ -52,11 +52,13 @@ def softmax_weights(shortfalls: dict[str, float], settings: WeightSettings) -> d
 def coverage(settings: WeightSettings, state: RuleState, observation: Observation) -> float:
     """Return the share of the enrolled groups' softmax weight that is present, in (0, 1].
 
-    Enrolled groups without history (never scored) do not count.  ``state`` is the one that
+    Absent groups without history (never scored) do not count.  ``state`` is the one that
     :func:`update` returned for the same observation.
     """
-    known = [g for g in observation.groups if g in state.history]
-    logits = {g: history.shortfall(state, g) / settings.temperature for g in known}
+    shortfalls = history.shortfalls(state, observation) | {
+        g: history.shortfall(state, g) for g in observation.groups if g in state.history
+    }
+    logits = {g: s / settings.temperature for g, s in shortfalls.items()}
     top = max(logits.values())
     mass = {g: math.exp(x - top) for g, x in logits.items()}
     return math.fsum(mass[g] for g in observation.present()) / math.fsum(mass.values())

@@ -15,6 +15,9 @@ Where we differ:
   give the published projection up to our cap of (1 + 1/n) / 2.  A plain projection reaches exact
   zeros, and a group at zero no longer counts.
 - Only present groups have a gradient; an absent group's iterate moves through the projection alone.
+- A present group that withholds its score has the shortfall of its last history as gradient, and
+  the mean of the others' where it never gave one (``history.py``).  Where nobody gives a score the
+  iterate stays.
 - A new group enters at 1 / n and the others shrink to make room; a group that left is dropped.
 - Over the present groups the iterate is renormalised and projected once more, so that floor and
   ceiling hold for the weights that are used.
@@ -40,10 +43,10 @@ def update(
         raise ValueError(f"step = {settings.step} must be above 0")
     state = history.observe(state, settings, observation)
     iterate = _enrolled(state, observation)
-    for g in observation.present():
-        score = observation.groups[g].score
-        assert score is not None  # history.observe checked
-        iterate[g] += settings.step * max(0.0, 1.0 - score)
+    scores = observation.scores()
+    for g, shortfall in history.shortfalls(state, observation).items():
+        gradient = max(0.0, 1.0 - scores[g]) if g in scores else shortfall
+        iterate[g] += settings.step * gradient
     iterate = bounds.project(iterate, settings.floor, settings.ceiling)
     here = {g: iterate[g] for g in observation.present()}
     total = math.fsum(here.values())

@@ -7,7 +7,8 @@ keyed by (seed, "placebo", round).  It may be the identity: a permutation withou
 would, with two groups, always favour the better served one, which is a treatment and no placebo.
 Under the uniform permutation the expected weight of every group is 1/n.
 
-The history that is kept is the true one.  When not to use it: anywhere but in a comparison.
+The history that is kept is the true one; a present group that never gave a score puts the neutral
+value (``history.py``) into the shuffle.  When not to use it: anywhere but in a comparison.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ def update(
     """Return the state with this round's true history, and adaptive weights of shuffled history."""
     state = history.observe(state, settings, observation)
     present = observation.present()
+    shortfalls = history.shortfalls(state, observation)
     order = generator(settings.seed, "placebo", observation.round).permutation(len(present))
-    shuffled = {
-        g: history.shortfall(state, present[int(i)]) for g, i in zip(present, order, strict=True)
-    }
+    shuffled = {g: shortfalls[present[int(i)]] for g, i in zip(present, order, strict=True)}
     return state, softmax_weights(shuffled, settings)

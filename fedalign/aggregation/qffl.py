@@ -7,7 +7,8 @@ round).  The power is taken of the shortfall plus 1e-10, as in released code, so
 score 1 keeps a finite logarithm.  Floor and ceiling are applied last (``bounds.py``).
 
 q = 0 is uniform; q = 1 is proportional to the shortfall.  Only ratios of shortfalls count, so the
-rule does not depend on the unit of the score.  When not to use it: near score 1, where ratios of
+rule does not depend on the unit of the score.  A present group that never gave a score has the
+mean shortfall of the others (``history.py``).  When not to use it: near score 1, where ratios of
 tiny shortfalls are noise.
 """
 
@@ -26,8 +27,7 @@ def update(
 ) -> tuple[RuleState, dict[str, float]]:
     """Return the state with this round's history, and the q-FFL weights of the present groups."""
     state = history.observe(state, settings, observation)
-    shortfalls = {g: history.shortfall(state, g) for g in observation.present()}
-    return state, qffl_weights(shortfalls, settings)
+    return state, qffl_weights(history.shortfalls(state, observation), settings)
 
 
 def qffl_weights(shortfalls: dict[str, float], settings: WeightSettings) -> dict[str, float]:

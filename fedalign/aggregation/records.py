@@ -7,7 +7,9 @@ A weight rule is a pure function::
 
 It returns the new state and a point on the simplex over the groups that are *present*.  Scores are
 "higher is better" in ``[score_low, 1]``; the shortfall of a group is ``1 - score``.  A group that
-is absent keeps its history bit for bit and gets no weight in this round.
+is absent keeps its history bit for bit and gets no weight in this round.  A group that *withholds*
+its score is present and gets weight, but tells no history; what stands in for it is in
+``history.py``.
 """
 
 from __future__ import annotations
@@ -37,9 +39,12 @@ class GroupObservation:
 
     present: bool
     score: float | None
-    """Score of the received adapter on validation, higher is better; None when absent."""
+    """Score of the received adapter on validation, higher is better; None when absent or withheld.
+    """
     size: int
     """Training examples of the group's enrolled clients (a claim, capped upstream)."""
+    withheld: bool = False
+    """Present, and none of its sites says how well it is served."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Observation:
     def present(self) -> tuple[str, ...]:
         """Present groups, sorted."""
         return tuple(sorted(g for g, o in self.groups.items() if o.present))
+
+    def scores(self) -> dict[str, float]:
+        """Return the score of every present group that gives one, in sorted order."""
+        return {
+            g: o.score for g, o in sorted(self.groups.items()) if o.present and o.score is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,10 @@ def check_observation(observation: Observation) -> None:
     if not observation.present():
         raise ValueError("no group is present; a round without groups has no weights")
     for group, o in observation.groups.items():
-        if o.present:
+        if o.withheld:
+            if not o.present or o.score is not None:
+                raise ValueError(f"group '{group}' withholds a score that it gives, or is absent")
+        elif o.present:
             if o.score is None or not math.isfinite(o.score):
                 raise ValueError(f"group '{group}' is present but its score is {o.score}")
             if not observation.score_low - 1e-6 <= o.score <= 1 + 1e-6:

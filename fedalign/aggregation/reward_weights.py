@@ -17,7 +17,8 @@ Where we differ from the published forms:
 - Floor and ceiling (``bounds.py``): no group vanishes and none takes over.  With floor 0 and a
   large ceiling the softmax is the published one up to the cap of (1 + 1/n) / 2.
 - The start, and which factor the decay multiplies, are not published: see ``history.py``.
-- A group without history (enrolled since) has weight 1/n until its first reward.
+- A group without history (enrolled since) has weight 1/n until its first reward.  A site that
+  withholds its scores still gives rewards, so no present group is without one here.
 - multiplicative: the published step is multiplied by N / N_g, the inverse share of examples, and
   its loss is that of DPO; here every group counts once and the loss is 1 - mean reward.  A group
   that did not answer neither gains nor loses: the others share out what they had together.

@@ -6,7 +6,8 @@
   drawn once (arXiv 1909.06335) and every question of the topic goes to a client drawn from p.
   Without topics p is drawn once for the group, so clients differ in size.  The same p serves train,
   validation and test, so a client is tested on what it trains on.
-- ``column``: the named column of a row is its client.
+- ``column``: the named column of a row is its client, and the value alone is the client's name:
+  the name under which a site of that population enrols.  No two groups may share a value.
 
 A question is never split: all pairs of one prompt go to one client.  (Pairs that are split by
 response are dealt one by one, because all share a prompt.)  After the draw a client left without
@@ -37,13 +38,14 @@ Units = list[list[Item]]
 def build_clients(dataset: Dataset, config: Config) -> tuple[ClientData, ...]:
     """Return the clients of every group, sorted by name.
 
-    A client is named after its group where it is the only one, else "group#0", "group#1", ... (for
-    ``column``: "group#value").  Survey items hold the shares of the client's own group only.
+    A client is named after its group where it is the only one, else "group#0", "group#1", ...; for
+    ``column`` it is named by the column's value.  Survey items hold the shares of the client's own
+    group only.
     ``size`` is the client's part of the group's people where the source knows them (synthetic),
     else its number of training questions.
 
     Raises ``DataError`` naming the client and what to change when a client has no train or no
-    validation question, or a group has no test question.
+    validation question, a group has no test question, or two groups share a client's name.
     """
     data = config.data
     counts = clients_per_group(data.clients_per_group, dataset.groups)
@@ -65,6 +67,8 @@ def build_clients(dataset: Dataset, config: Config) -> tuple[ClientData, ...]:
             dealt = _by_count(splits, group, counts[group], config)
         for label, held in dealt.items():
             name = group if len(dealt) == 1 else f"{group}#{label}"
+            if data.partition == "column":
+                name = label
             for split in ("train", "validation"):
                 if not held[split]:
                     raise DataError(f"client '{name}' has no {split} question. {_advice(splits)}")
@@ -82,7 +86,13 @@ def build_clients(dataset: Dataset, config: Config) -> tuple[ClientData, ...]:
     clients.sort(key=lambda c: c.name)
     for before, after in pairwise(clients):
         if before.name == after.name:
-            raise DataError(f"two clients would be named '{after.name}'; rename a group.")
+            column = f"column '{data.partition_column}' has this value in both; " * (
+                data.partition == "column"
+            )
+            raise DataError(
+                f"groups '{before.group}' and '{after.group}' would each have a client named "
+                f"'{after.name}': {column}a client belongs to one group. Rename one of them."
+            )
     return tuple(clients)
 
 

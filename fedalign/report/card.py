@@ -134,7 +134,7 @@ def _scores(facts: Facts) -> str:
     stages = [s for s in ("base", "shared") if s in facts.stages]
     references = [
         (n, label)
-        for n, label in (("uniform", "uniform answerer"), ("optimum_average", "best single answer"))
+        for n, label in (("uniform", "uniform answerer"), ("optimum_average", "best for average"))
         if facts.references[n].scores
     ]
     head = ["group", "claimed size", *stages, *(label for _, label in references), "mean weight"]
@@ -146,7 +146,10 @@ def _scores(facts: Facts) -> str:
             *(facts.references[n].scores.get(g) for n, _ in references),
             sum(weights) / len(weights) if weights else None,
         ]
-        shown = ["–" if c is None else f"{c:.3f}" for c in cells]
+        shown = [
+            (facts.silent.get(g, "–") if i < len(stages) else "–") if c is None else f"{c:.3f}"
+            for i, c in enumerate(cells)
+        ]
         lines.append("| " + " | ".join([_plain(g), str(facts.sizes[g]), *shown]) + " |")
     return "\n".join(lines)
 
@@ -190,8 +193,8 @@ def _loading(facts: Facts) -> str:
 
 def _limits(facts: Facts, summary: Mapping[str, Any]) -> str:
     lines = [
-        "- One shared model cannot agree with groups that disagree; the best single answer in the "
-        "table is as far as one answer can go.",
+        "- One shared model cannot agree with groups that disagree; the shared answer that is best "
+        "for the average is as far as one answer can go on average.",
         "- Scores hold for questions like the test questions, in the answer format that was "
         "scored. They say nothing about free text, facts or safety.",
         "- A group is what the data call a group. No score speaks for any one person in it.",
@@ -201,7 +204,7 @@ def _limits(facts: Facts, summary: Mapping[str, Any]) -> str:
     ]
     if not facts.references["optimum_average"].scores:
         note = facts.references["optimum_average"].note
-        lines.append(f"- The best single answer is not defined: {_plain(note)}.")
+        lines.append(f"- The best shared answer is not defined: {_plain(note)}.")
     missing = {m["name"] for m in summary["missing"]} & {"shared/average", "base/average"}
     if missing:
         lines.append(f"- Not scored: {', '.join(sorted(missing))}.")

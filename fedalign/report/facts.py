@@ -3,6 +3,10 @@
 A group's score at a stage is the mean over its clients weighted by questions, which is the mean
 over the group's questions.  A client whose score failed is left out of that mean and named in
 ``missing``; a group in which no client has a score has no score.
+
+In a deployment a group may be *silent* with every right: its sites withhold their scores, or were
+revoked.  Numbers over groups are then numbers over the others, the same ones at every stage, so
+that stages can be compared; every page says so.
 """
 
 from __future__ import annotations
@@ -10,13 +14,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fedalign.ledger import ClientRow, EventRow, Ledger, ReplyRow, ScoreRow
+from fedalign.ledger import WITHHELD, ClientRow, EventRow, Ledger, ReplyRow, ScoreRow
 from fedalign.report.policy import PolicyFacts, gather_policy
 
 STAGES = ("base", "shared", "personal", "local_only", "local_only_total")
+REVOKED = "revoked"
+"""Word for a group all of whose sites were revoked during the run."""
 REFERENCES = ("uniform", "mean_of_groups", "optimum_average", "optimum_worst")
 NOT_COMPUTED = "not computed in this run; it needs the answer shares of all groups in one place"
 
@@ -38,7 +44,9 @@ class StageFacts:
     mass: float | None
     """Option mass over all questions of all clients; None for pairs."""
     missing: tuple[str, ...]
-    """One sentence for each client or group without a score."""
+    """One sentence for each client or group without a score, but for silent groups."""
+    withheld: frozenset[str] = frozenset()
+    """Groups whose sites keep the score of this stage to themselves."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,13 @@ class Facts:
     seconds: Mapping[str, float]
     policy: PolicyFacts | None = None
     """Only in mode ``rewards``."""
+    silent: Mapping[str, str] = field(default_factory=dict)
+    """Group to ``withheld`` or ``revoked``: it need not have a score."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Groups that numbers over groups speak of: all but the silent ones."""
+        return tuple(g for g in self.groups if g not in self.silent)
 
     @property
     def metric(self) -> str:
@@ -108,11 +123,13 @@ class Facts:
 def gather(ledger: Ledger) -> Facts:
     """Read the ledger once."""
     clients = ledger.clients()
+    revoked = _revoked(ledger, clients)
     stages = {
         stage: made
         for stage in STAGES
-        if (made := _stage(ledger, stage, [c.group for c in clients])) is not None
+        if (made := _stage(ledger, stage, {c.group for c in clients} - revoked)) is not None
     }
+    withheld = frozenset().union(*(s.withheld for s in stages.values()))
     references = _references(ledger, stages)
     seen = {c.group for c in clients} | {g for s in stages.values() for g in s.scores}
     groups = tuple(sorted(seen))
@@ -165,10 +182,17 @@ def gather(ledger: Ledger) -> Facts:
         failed_replies=tuple(sorted(failed, key=lambda r: (r.round, r.attempt, r.client))),
         seconds=dict(sorted(seconds.items())),
         policy=policy,
+        silent=dict.fromkeys(sorted(withheld), WITHHELD) | dict.fromkeys(sorted(revoked), REVOKED),
     )
 
 
-def _stage(ledger: Ledger, stage: str, enrolled: Iterable[str]) -> StageFacts | None:
+def _revoked(ledger: Ledger, clients: Iterable[ClientRow]) -> set[str]:
+    """Return the groups all of whose sites were revoked while the run went on."""
+    gone = {e.client for e in ledger.events("site-revoked")}
+    return {c.group for c in clients} - {c.group for c in clients if c.client not in gone}
+
+
+def _stage(ledger: Ledger, stage: str, enrolled: set[str]) -> StageFacts | None:
     rows = ledger.scores(stage, "test")
     if not rows:
         return None
@@ -178,10 +202,11 @@ def _stage(ledger: Ledger, stage: str, enrolled: Iterable[str]) -> StageFacts | 
     missing = [
         f"{row.client} (group {row.group}): {row.reason or 'no questions'}"
         for row in rows
-        if row.score is None or row.n == 0
+        if row.status != WITHHELD and (row.score is None or row.n == 0)
     ]
     scores = _weighted(good, "score")
-    missing += [f"group {g}: no score" for g in sorted(set(enrolled) - set(scores))]
+    withheld = frozenset(r.group for r in rows if r.status == WITHHELD) - set(scores)
+    missing += [f"group {g}: no score" for g in sorted(enrolled - set(scores) - withheld)]
     by_question: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item in ledger.items(stage, "test"):
         if item.round == last:
@@ -196,6 +221,7 @@ def _stage(ledger: Ledger, stage: str, enrolled: Iterable[str]) -> StageFacts | 
         },
         mass=_mass(good),
         missing=tuple(missing),
+        withheld=withheld,
     )
 
 

@@ -29,6 +29,16 @@ from fedalign.runfolder import LEDGER, REPORT, SUMMARY
 HIGHLIGHTED = 8
 """Lines that get a colour and a label; more would not be told apart."""
 SHOWN_EVENTS = 60
+PATHS = (
+    "data.path",
+    "run.out",
+    "model.name",
+    "local.reference",
+    "rewards.prompts",
+    "deployment.registry",
+    "deployment.audit",
+)
+"""Settings of which a page shows the last component only."""
 
 
 def build_report(run_folder: Path) -> Path:
@@ -72,7 +82,7 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
     columns += [tables.STAGE_NAMES[n] for n in others]
     columns += [
         "uniform answerer",
-        "best single answer",
+        "best for average",
         facts.mass_name,
         "claimed size",
         "clients",
@@ -98,6 +108,7 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
         closed_rows=policy.closed_rows(facts.policy) if facts.policy else (),
         closed_note=facts.policy.closed_note if facts.policy else "",
         threshold=_threshold(facts) is not None,
+        optimum_kl=facts.policy is not None and "kl_optimum" in facts.policy.closed_form,
         rows=tables.group_rows(facts, summary, others),
         others=max(0, len(facts.groups) - len(_highlight(facts))),
         loss_note="",
@@ -115,7 +126,10 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
 
 
 def _title(facts: Facts) -> str:
-    return f"Run {facts.setting('run.name', 'without a name')}"
+    title = f"Run {facts.setting('run.name', 'without a name')}"
+    if facts.policy is not None:  # every run of the scenario has its name
+        title += f": rule {facts.policy.rule}, task {facts.policy.task}"
+    return title
 
 
 def _subtitle(facts: Facts) -> str:
@@ -228,7 +242,7 @@ def _threshold(facts: Facts) -> float | None:
 def _public(key: str, value: Any) -> str:
     """Return a setting as text; of a path only its last component, so that nothing leaks."""
     text = str(value)
-    if key in ("data.path", "run.out", "model.name", "local.reference", "rewards.prompts"):
+    if key in PATHS:
         return text if text in ("", "pocket") else public_base_name(text)
     return text
 
@@ -276,20 +290,24 @@ def _policy_drawings(
     kl = curves.get("sampled-kl") or curves.get("kl")
     if kl:
         target = float(facts.setting("ppo.kl-target", 0.0))
+        levels = [(target, "target")] if target else []
+        if "kl_optimum" in trained.closed_form:
+            levels.append((trained.closed_form["kl_optimum"], "optimum"))
         made["kl"] = plots.lines(
             {"KL": kl}, rounds, ["KL"], "nats a text", zero=min(kl.values()) >= 0, time="exchange",
-            level=(target, "target") if target else None,
+            levels=levels,
         )  # fmt: skip
-    quality = {
-        label: curves[name]
-        for name, label in (("format-rate", "well-formed texts"), ("fairness-index", "fairness"))
-        if curves.get(name)
-    }
-    if quality:
+    if curves.get("format-rate"):
+        made["formats"] = plots.lines(
+            {"well-formed": curves["format-rate"]}, rounds, ["well-formed"],
+            "share of texts, 0 to 1 (higher is better)", bounds=(0.0, 1.0), time="exchange",
+        )  # fmt: skip
+    if curves.get("fairness-index"):
         threshold = _threshold(facts)
-        made["quality"] = plots.lines(
-            quality, rounds, list(quality), "share of texts; index (higher is better)",
-            level=None if threshold is None else (threshold, "threshold"), time="exchange",
+        made["evenness"] = plots.lines(
+            {"fairness": curves["fairness-index"]}, rounds, ["fairness"],
+            "fairness index (higher is better)",
+            levels=[] if threshold is None else [(threshold, "threshold")], time="exchange",
         )  # fmt: skip
     return made
 
@@ -298,7 +316,7 @@ def _drawings(facts: Facts, summary: Mapping[str, Any]) -> dict[str, plots.Drawi
     score = facts.metric
     highlight, n = _highlight(facts), len(facts.groups)
     made: dict[str, plots.Drawing | None] = dict.fromkeys(
-        ("dumbbells", "weights", "validation", "kl", "quality", "loss")
+        ("dumbbells", "weights", "validation", "kl", "formats", "evenness", "loss")
     )
     rows, _ = _dumbbell_rows(facts)
     if rows:
@@ -308,7 +326,7 @@ def _drawings(facts: Facts, summary: Mapping[str, Any]) -> dict[str, plots.Drawi
         axis = "group weight" if facts.policy is None else "influence"
         made["weights"] = plots.lines(
             facts.weights, rounds, highlight, f"{axis} (sum over groups is 1)",
-            level=(1 / n, f"equal, 1/{n}"), zero=True, time=time,
+            levels=[(1 / n, f"equal, 1/{n}")], zero=True, time=time,
         )  # fmt: skip
     if any(facts.validation.values()):
         axis = f"{score} on validation (higher is better)"

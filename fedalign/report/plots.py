@@ -141,15 +141,17 @@ def lines(
     highlight: Sequence[str],
     axis: str,
     *,
-    level: tuple[float, str] | None = None,
+    levels: Sequence[tuple[float, str]] = (),
     mean: bool = False,
     zero: bool = False,
+    bounds: tuple[float, float] | None = None,
     time: str = "round",
 ) -> Drawing:
     """Draw one line a group over rounds; ``highlight`` groups are coloured and labelled.
 
-    ``level`` is a horizontal line and its label; ``mean`` adds the mean over groups; ``time``
-    names a round; a round in which a group has no value breaks its line.
+    ``levels`` are horizontal lines and their labels; ``mean`` adds the mean over groups; ``zero``
+    lets the axis begin at 0, ``bounds`` sets both its ends; ``time`` names a round; a round in
+    which a group has no value breaks its line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -177,11 +179,14 @@ def lines(
             values = _mean(drawn, len(rounds))
             axes.plot(rounds, values, color=INK, linewidth=2.6, zorder=4)
             labels.append((_last(values), "mean", INK))
-        if level is not None:
-            axes.axhline(level[0], color=MUTED, linewidth=1, dashes=(4, 3), zorder=2)
-            labels.append((level[0], level[1], MUTED))
+        for height, label in levels:
+            axes.axhline(height, color=MUTED, linewidth=1, dashes=(4, 3), zorder=2)
+            labels.append((height, label, MUTED))
         if zero:
             axes.set_ylim(bottom=0)
+        if bounds is not None:
+            low, high = bounds
+            axes.set_ylim(low, high + 0.03 * (high - low))  # a line at the top keeps its width
         axes.set_xlim(rounds[0] - 0.25, rounds[-1] + 0.25)
         axes.xaxis.set_major_locator(MaxNLocator(6 if width == NARROW else 12, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -191,7 +196,7 @@ def lines(
         _label_ends(axes, labels, 15 if width == NARROW else 24)
 
     def size(width: int) -> tuple[int, int, int, int, int]:
-        count = len(shown) + mean + (level is not None)
+        count = len(shown) + mean + len(levels)
         height = max(230 if width == NARROW else 280, 17 * count + 90)
         return (height, 44, 118 if width == NARROW else 190, 34, 44)
 

@@ -44,6 +44,11 @@ CLOSED_FORM = {
     "kl_optimum": "KL from the base, optimum (nats a text)",
     "mass": "probability of well-formed answers, policy",
 }
+FEW = 0.5
+"""Below this share of rewards that came, the page warns."""
+POOR_ERROR = 0.25
+"""From this error on the predictor is called poor.  In the default world the predictor has .10,
+copying the nearest known answer .22 and a uniform answer .33 (docs/predictor.md)."""
 SCALE_MATTERS = 0.75
 """Below this mean scale, the page says that the KL term weighs more than its coefficient tells."""
 
@@ -65,6 +70,10 @@ class PolicyFacts:
     """Client to the held-out error of the final preference predictor, where one was trained."""
     closed_form: Mapping[str, float] = field(default_factory=dict)
     closed_note: str = ""
+    most_clipped: float = 1.0
+    """Setting ``ppo.max-clip-fraction``."""
+    planned: int = 0
+    """Updates of an exchange that is not cut short."""
 
     def total(self, name: str) -> float | None:
         """Return the sum over exchanges; None where the curve is absent."""
@@ -105,10 +114,14 @@ def gather_policy(ledger: Ledger, config: Mapping[str, Any]) -> PolicyFacts | No
         rule=str(config.get("rewards.rule", REWARD_RULES[0])),
         curves=curves,
         group_weights=weights,
-        answered=sum(r.examples for r in ledger.replies() if r.status == "ok"),
+        answered=sum(
+            r.examples for r in ledger.replies() if r.status == "ok" and r.phase == "train"
+        ),
         predictor_error=errors,
         closed_form={r.quantity: r.value for r in references if r.value is not None},
         closed_note="; ".join(sorted({r.note for r in references if r.note})),
+        most_clipped=float(config.get("ppo.max-clip-fraction", 1.0)),
+        planned=int(config.get("ppo.epochs", 0)) * int(config.get("ppo.minibatches", 0)),
     )
 
 
@@ -147,13 +160,54 @@ def training_rows(policy: PolicyFacts, config: Mapping[str, Any]) -> list[tuple[
         ("Tokens through the policy, prompts included", "policy-tokens"),
     ):
         if (total := policy.total(name)) is not None:
-            rows.append((label, f"{total:,.0f}"))
+            cut = cut_short(policy) if name == "updates" else ""
+            rows.append((label, f"{total:,.0f}. {cut}" if cut else f"{total:,.0f}"))
     if policy.predictor_error:
         found = ", ".join(f"{c} {e:.3f}" for c, e in sorted(policy.predictor_error.items()))
         text = f"{found} (mean JS distance on validation questions; lower is better)"
         rows.append(("Predictor's held-out error", text))
     rows.append(("Rewards received", f"{policy.answered:,}, over all clients{_given(policy)}"))
     return rows
+
+
+def cut_short(policy: PolicyFacts) -> str:
+    """Say which exchanges took fewer updates than planned because most ratios were clipped."""
+    updates, most = policy.curves.get("updates", {}), policy.curves.get("clip-fraction-max", {})
+    cut = [
+        t
+        for t, n in sorted(updates.items())
+        if n < policy.planned and most.get(t, 0.0) > policy.most_clipped
+    ]
+    if not cut:
+        return ""
+    taken = sum(updates[t] for t in cut) / len(cut)
+    which = ", ".join(map(str, cut[:8])) + (", ..." if len(cut) > 8 else "")
+    return (
+        f"{len(cut)} of {len(updates)} exchanges ({which}) were cut short after {taken:.1f} of "
+        f"{policy.planned} updates on average: more than {policy.most_clipped:.0%} of an update's "
+        "ratios were clipped (ppo.max-clip-fraction), so its texts had become too old."
+    )
+
+
+def doubts(policy: PolicyFacts) -> list[str]:
+    """Say what makes the rewards themselves doubtful: few of them came, or a poor predictor."""
+    said = []
+    without = sum(policy.total(n) or 0.0 for n in ("malformed", "unanswered", "refused"))
+    if without and policy.answered < FEW * (policy.answered + without):
+        share = policy.answered / (policy.answered + without)
+        said.append(
+            f"Only {share:.0%} of the rewards asked for came{_given(policy)}: the policy was "
+            "trained on those."
+        )
+    poor = [c for c, e in sorted(policy.predictor_error.items()) if e >= POOR_ERROR]
+    if poor:
+        worst = max(policy.predictor_error.values())
+        said.append(
+            f"The preference predictor is poor for {len(poor)} of {len(policy.predictor_error)} "
+            f"clients (held-out error up to {worst:.3f}; 0 is perfect): high rewards there do not "
+            "mean that the group is well served. Scores are taken on true answers."
+        )
+    return said
 
 
 def sources(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 A number that does not exist is an absent key and an entry of ``missing`` with its reason; NaN never
 occurs.  A stage has an average, a worst group and a spread only when every enrolled group has a
-score at that stage: a mean over other groups would be another quantity.
+score at that stage: a mean over other groups would be another quantity.  Groups that withhold their
+scores or were revoked are the exception: they are left out at every stage alike, listed in
+``missing``, and ``groups/counted`` says over how many groups the numbers are.
 
 Intervals (``<name>/low``, ``<name>/high``) are 95 % percentile bootstrap over test questions: one
 resample of questions for all groups and all stages, so that differences are paired.  They cover
@@ -52,6 +54,10 @@ def summarise(ledger: Ledger) -> dict[str, Any]:
 def summarise_facts(facts: Facts) -> dict[str, Any]:
     """Return the summary of facts that were gathered before."""
     out = _Numbers(missing=[])
+    for group, why in facts.silent.items():
+        out.lack(f"group/{group}", f"{why}; numbers over groups leave it out")
+    if facts.silent:
+        out.put("groups/counted", len(facts.counted))
     for stage in STAGES:
         if stage not in facts.stages:
             out.lack(f"{stage}/average", "no score of this stage is recorded")
@@ -101,11 +107,12 @@ def _stage(out: _Numbers, facts: Facts, stage: str, made: StageFacts) -> None:
         out.lack(f"{stage}/group", note)
     for group, score in made.scores.items():
         out.put(f"{stage}/group/{group}/score", score)
-    without = [g for g in facts.groups if g not in made.scores]
-    if without or not made.scores:
-        out.lack(f"{stage}/average", f"no score for {', '.join(without)}")
+    scores = {g: s for g, s in made.scores.items() if g in facts.counted}
+    without = [g for g in facts.counted if g not in scores]
+    if without or not scores:
+        out.lack(f"{stage}/average", f"no score for {', '.join(without) or 'any group'}")
         return
-    _spread(out, stage, made.scores)
+    _spread(out, stage, scores)
     if made.mass is not None:
         out.put(f"{stage}/option_mass", made.mass)
     else:
@@ -130,22 +137,34 @@ def _spread(out: _Numbers, prefix: str, scores: Mapping[str, float]) -> None:
 def _index(facts: Facts, made: StageFacts) -> tuple[float | None, str]:
     if not made.items:
         return None, "per-question scores were not sent (score.items)"
-    index = fairness.fairness_index(made.items, facts.groups)
+    index = fairness.fairness_index(_counted(facts, made), facts.counted)
     return index.value, index.reason
+
+
+def _counted(facts: Facts, made: StageFacts) -> dict[str, dict[str, float]]:
+    """Return question to group to score, without silent groups."""
+    if not facts.silent:
+        return {q: dict(scores) for q, scores in made.items.items()}
+    kept = {
+        q: {g: s for g, s in scores.items() if g in facts.counted}
+        for q, scores in made.items.items()
+    }
+    return {q: scores for q, scores in kept.items() if scores}
 
 
 def _reference(out: _Numbers, facts: Facts, name: str) -> None:
     reference = facts.references[name]
     for group, score in reference.scores.items():
         out.put(f"reference/{name}/group/{group}/score", score)
-    without = [g for g in facts.groups if g not in reference.scores]
-    if without or not reference.scores:
+    scores = {g: s for g, s in reference.scores.items() if g in facts.counted}
+    without = [g for g in facts.counted if g not in scores]
+    if without or not scores:
         reason = reference.note or f"no value for {', '.join(without)}"
         out.lack(f"reference/{name}/average", reason)
         return
-    out.put(f"reference/{name}/average", fairness.average(reference.scores))
-    out.put(f"reference/{name}/worst", fairness.worst(reference.scores))
-    if reference.fairness_index is not None:
+    out.put(f"reference/{name}/average", fairness.average(scores))
+    out.put(f"reference/{name}/worst", fairness.worst(scores))
+    if reference.fairness_index is not None and not facts.silent:
         out.put(f"reference/{name}/fairness_index", reference.fairness_index)
 
 
@@ -169,15 +188,16 @@ def _intervals(out: _Numbers, facts: Facts) -> None:
     seed = int(facts.setting("run.seed", 0))
     items = {}
     for stage, made in facts.stages.items():
-        covered = {g for scores in made.items.values() for g in scores}
-        if f"{stage}/average" not in out or not made.items:
+        counted = _counted(facts, made)
+        covered = {g for scores in counted.values() for g in scores}
+        if f"{stage}/average" not in out or not counted:
             continue
-        if len(made.items) < LEAST_QUESTIONS or covered != set(facts.groups):
-            reason = f"{len(made.items)} questions of {len(covered)} groups have scores; "
+        if len(counted) < LEAST_QUESTIONS or covered != set(facts.counted):
+            reason = f"{len(counted)} questions of {len(covered)} groups have scores; "
             out.lack(f"{stage}/average/low", reason + f"{LEAST_QUESTIONS} of every group needed")
             continue
-        items[stage] = made.items
-        for name, interval in intervals.bootstrap_questions(made.items, seed).items():
+        items[stage] = counted
+        for name, interval in intervals.bootstrap_questions(counted, seed).items():
             if f"{stage}/{name}" in out:
                 _interval(out, f"{stage}/{name}", interval)
     if "base" not in items or "shared" not in items:

@@ -44,6 +44,8 @@ def cards(facts: Facts, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         lines = []
         if name == "worst" and shared is not None:
             lines.append(summary["shared/worst_group"])
+        if facts.silent:
+            lines.append(f"over {len(facts.counted)} of {len(facts.groups)} groups")
         if f"change/{name}/low" in summary:
             low, high = summary[f"change/{name}/low"], summary[f"change/{name}/high"]
             change = signed(summary[f"change/{name}"])
@@ -107,6 +109,7 @@ def group_rows(
         rows.append(
             {
                 "group": g,
+                "absent": facts.silent.get(g, "–"),
                 "base": base,
                 "shared": shared,
                 "change": None if base is None or shared is None else shared - base,

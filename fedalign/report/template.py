@@ -94,11 +94,11 @@ PAGE = """\
 </head>
 <body>
 <main>
-{% macro value(x, digits=3) -%}
-{% if x is none %}–{% else %}{{ x | number(digits) }}{% endif %}
+{% macro value(x, digits=3, absent="–") -%}
+{% if x is none %}{{ absent }}{% else %}{{ x | number(digits) }}{% endif %}
 {%- endmacro %}
-{% macro bar(x, kind, interval="") -%}
-{% if x is none %}<td>–</td>{% else %}<td class="bar {{ kind }}" \
+{% macro bar(x, kind, interval="", absent="–") -%}
+{% if x is none %}<td>{{ absent }}</td>{% else %}<td class="bar {{ kind }}" \
 style="--to: {{ x | width }}%">{{ x | number(3) }}{% if interval %}<span class="sub">\
 {{ interval }}</span>{% endif %}</td>{% endif %}
 {%- endmacro %}
@@ -129,7 +129,8 @@ style="--to: {{ x | width }}%">{{ x | number(3) }}{% if interval %}<span class="
 {% if dumbbells %}
 <h2>Each group, before and after</h2>
 <p>Test questions; the worst-served group is on top. A short bar is a uniform answerer, a tall bar
-the best single answer for the average{% if not has_optimum %} (not defined here){% endif %}.</p>
+the one shared answer that is best for the average{% if not has_optimum %} (not defined here)
+{%- else %}: it gives up some groups for others, so a group may stand above it{% endif %}.</p>
 <div class="legend">
 <span><svg viewBox="0 0 16 16"><circle cx="8" cy="8" r="5" fill="none" stroke="var(--base)"
 stroke-width="2.4"/></svg>base</span>
@@ -140,7 +141,7 @@ fill="var(--personal)"/></svg>personal adapter</span>{% endif %}
 <span><svg viewBox="0 0 16 16"><path d="M8 3v10" stroke="var(--ink)"
 stroke-width="1.6"/></svg>uniform answerer</span>
 {% if has_optimum %}<span><svg viewBox="0 0 16 16"><path d="M8 0v16" stroke="var(--ink)"
-stroke-width="3.4"/></svg>best single answer</span>{% endif %}
+stroke-width="3.4"/></svg>best shared answer for the average</span>{% endif %}
 </div>
 <figure>{{ drawing(dumbbells) }}
 <figcaption>The axis does not begin at 0.{% if hidden %} {{ hidden }} groups in the middle are left
@@ -150,16 +151,17 @@ out here.{% endif %}</figcaption></figure>
 <h2>Scores by group</h2>
 <p class="note">{{ score_text }} Bars fill a cell from {{ score_low | number(2) }} to 1; in
 small print the 95% interval.
-{% if optimum_note %} Best single answer: {{ optimum_note }}.{% endif %}
+{% if optimum_note %} Best shared answer for the average: {{ optimum_note }}.{% endif %}
 <span class="narrow">The table scrolls sideways.</span></p>
 <div class="scroll"><table>
 <thead><tr><th>Group</th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}<tr><th title="{{ row.group }}">{{ row.group }}</th>
-{{ bar(row.base, "base") }}{{ bar(row.shared, "shared", row.interval) }}
+{{ bar(row.base, "base", absent=row.absent) }}
+{{ bar(row.shared, "shared", row.interval, row.absent) }}
 <td{% if row.change is not none and row.change < 0 %} class="bad"{% endif %}>\
 {% if row.change is none %}–{% else %}{{ row.change | signed }}{% endif %}</td>
-{% if has_personal %}{{ bar(row.personal, "personal") }}{% endif %}
+{% if has_personal %}{{ bar(row.personal, "personal", absent=row.absent) }}{% endif %}
 {% for x in row.others %}<td>{{ value(x) }}</td>{% endfor %}
 <td{% if row.low_mass %} class="bad"{% endif %}>{{ value(row.mass, 2) }}</td>
 <td>{{ row.size }}</td><td>{{ row.clients }}</td><td>{{ row.questions }}</td></tr>
@@ -188,20 +190,28 @@ of all groups in one place, and a task with few possible answers{% endif %}.</p>
 {% if validation %}
 <h2>{{ words.validation }}</h2>
 <p>{{ words.validation_text }}</p>
-<figure>{{ drawing(validation) }}</figure>
+<figure>{{ drawing(validation) }}
+<figcaption>The axis does not begin at 0.</figcaption></figure>
 {% endif %}
 {% if kl %}
 <h2>KL from the base over exchanges</h2>
-<p>Nats a text, on the texts of the exchange before its updates. Where a rule changes the scale of
-the reward, the policy moves along this axis without favouring anybody.</p>
+<p>How far the policy is from the base: nats a text, on the texts of the exchange before its
+updates. Where a rule changes the scale of the reward, the policy moves along this axis without
+favouring anybody.{% if optimum_kl %} The line “optimum” is the closed form for the rule's last
+weights, on test questions.{% endif %}</p>
 <figure>{{ drawing(kl) }}</figure>
 {% endif %}
-{% if quality %}
-<h2>Well-formed texts and fairness over exchanges</h2>
-<p>Share of the sampled texts that are an answer at all, and the fairness index of the groups'
-rewards on them{% if threshold %}; below the dashed line the rule takes its adaptive
-branch{% endif %}.</p>
-<figure>{{ drawing(quality) }}</figure>
+{% if formats %}
+<h2>Well-formed texts over exchanges</h2>
+<p>Share of the sampled texts that are an answer at all.</p>
+<figure>{{ drawing(formats) }}</figure>
+{% endif %}
+{% if evenness %}
+<h2>Fairness index of the rewards over exchanges</h2>
+<p>How even the groups' rewards are on the well-formed texts; 1 is equal.{% if threshold %} Below
+the dashed line the rule takes its adaptive branch.{% endif %}</p>
+<figure>{{ drawing(evenness) }}
+<figcaption>The axis does not begin at 0.</figcaption></figure>
 {% endif %}
 {% if loss %}
 <h2>Training loss over rounds</h2>

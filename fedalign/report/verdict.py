@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedalign.report.facts import Facts
+from fedalign.report.policy import cut_short, doubts
 
 SMALLEST_LOSS = 0.005
 """A group counts as worse served when its score fell by more than this (unit of the score)."""
@@ -23,13 +24,14 @@ class Verdict:
 
 def judge(facts: Facts, summary: Mapping[str, Any]) -> Verdict:
     """Return the verdict; every number in it is in the summary or the facts."""
-    sentences = [*_change(summary, "worst"), *_change(summary, "average")]
+    sentences = [*_change(summary, "worst"), *_change(summary, "average"), *_silent(facts)]
     warnings = [
         *_impossible(summary),
         *_losers(facts),
         *_below_uniform(facts),
         *_missing(facts),
         *_group_mass(facts),
+        *(doubts(facts.policy) if facts.policy else ()),
     ]
     status, reason = summary["run/status"], summary.get("run/status_reason", "")
     if status == "failed":
@@ -41,11 +43,15 @@ def judge(facts: Facts, summary: Mapping[str, Any]) -> Verdict:
         done, all_rounds = summary["rounds/completed"], facts.setting("run.rounds", "?")
         title = f"Not finished: {done} of {all_rounds} rounds done."
         return Verdict("running", title, (*sentences, *warnings))
+    if not facts.counted:
+        title = "Finished; no group gives a score, so nothing can be said of how well it served."
+        return Verdict("warning", title, (*sentences, *warnings))
     if "shared/average" not in summary:
         return Verdict(
             "failed", "Failed: the final adapter has no complete score.", tuple(warnings)
         )
     sentences += _local_only(facts)
+    sentences += [s for s in (cut_short(facts.policy),) if s] if facts.policy else []
     level = "warning" if warnings else "ok"
     return Verdict(level, _title(summary, len(_lost(facts))), (*sentences, *warnings))
 
@@ -89,7 +95,7 @@ def _change(summary: Mapping[str, Any], name: str) -> list[str]:
     text += ")"
     attained = summary.get(f"attained/{name}")
     if attained is not None:
-        text += f", {attained:.0%} of what the best single answer could gain"
+        text += f", {attained:.0%} of what one shared answer could gain at best"
     text += "."
     if low is not None and high is not None and low <= 0 <= high:
         text += " The interval holds 0: these questions do not show a change."
@@ -154,6 +160,17 @@ def _below_uniform(facts: Facts) -> list[str]:
     return [
         f"{_count(len(below), len(shared))} served worse than by an answerer that gives every "
         f"option the same chance: {_names(below)}."
+    ]
+
+
+def _silent(facts: Facts) -> list[str]:
+    """Say whose scores are nobody's here to see, and what the numbers then speak of."""
+    if not facts.silent:
+        return []
+    names = _names([f"{g} ({why})" for g, why in facts.silent.items()])
+    rest = f"the other {len(facts.counted)}" if facts.counted else "no group"
+    return [
+        f"Without a score: {names}. Average, worst-served group and fairness index speak of {rest}."
     ]
 
 

@@ -43,8 +43,8 @@ REWARD_WORDS = {
 }
 READING = (
     "A group's score says how close the answers of the one shared model are to what that group "
-    "answers. Groups that disagree cannot all reach 1: the best single answer shows how far one "
-    "shared model could go.",
+    "answers. Groups that disagree cannot all reach 1: the shared answer that is best for the "
+    "average shows how far one model could go on average. A single group may stand above it.",
     "The worst group is a minimum of noisy numbers, so it is biased down, and the gap is biased "
     "up. Look at the interval, and never compare the worst group of few questions with that of "
     "many.",

@@ -18,7 +18,9 @@ predictor   per client: parameters of the preference predictor, float32 (k, P); 
 ==========  ====================================================================================
 
 and a status code for each client.  Nothing else: no text of a question or answer, no exception
-message, no path.  Every message names its clients and carries protocol version, phase, round,
+message, no path.  A site may withhold its scores: then the reply holds zeros in their place and
+counts no question.  A site whose policy refuses answers with a status alone, to ``hello`` as to any
+other message.  Every message names its clients and carries protocol version, phase, round,
 attempt and the run's configuration.
 
 Decoding is strict.  A broken record condemns the message (``WireError``); a broken row (non-finite
@@ -45,6 +47,7 @@ from fedalign.wire.exchange import (
 )
 from fedalign.wire.records import (
     BAD_REQUEST,
+    BUDGET_EXHAUSTED,
     F32,
     HELLO,
     INTERNAL_ERROR,
@@ -56,9 +59,15 @@ from fedalign.wire.records import (
     OK,
     OUT_OF_RANGE,
     PERSONAL,
+    POLICY_CODES,
     PROTOCOL,
+    REFUSED_AGGREGATION,
+    REFUSED_BASE_MODEL,
+    REFUSED_OBJECTIVE,
+    REFUSED_SETTINGS,
     SCORE,
     STATUS,
+    TOO_FEW_EXAMPLES,
     TRAIN,
     UNKNOWN_CLIENT,
     Hello,
@@ -86,6 +95,7 @@ from fedalign.wire.requests import (
 
 __all__ = [
     "BAD_REQUEST",
+    "BUDGET_EXHAUSTED",
     "CODES",
     "EXCHANGE",
     "F32",
@@ -101,11 +111,17 @@ __all__ = [
     "OK",
     "OUT_OF_RANGE",
     "PERSONAL",
+    "POLICY_CODES",
     "PREDICTED",
     "PROTOCOL",
     "REFUSED",
+    "REFUSED_AGGREGATION",
+    "REFUSED_BASE_MODEL",
+    "REFUSED_OBJECTIVE",
+    "REFUSED_SETTINGS",
     "SCORE",
     "STATUS",
+    "TOO_FEW_EXAMPLES",
     "TRAIN",
     "UNANSWERED",
     "UNKNOWN_CLIENT",

@@ -9,6 +9,7 @@ A reply holds, for each client: a status; its trained parameters, (P,) float32; 
 first and last step (nats an option); the option tokens trained on; and the *error* of the
 parameters as received: the mean Jensen-Shannon distance (natural logarithm) between predicted and
 true shares on its validation questions, in [0, sqrt(ln 2)], with the number of those questions.
+A site that withholds its scores sends 0 for both.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class PredictorReply:
     error: float = 0.0
     """Of the parameters as received, on validation questions; lower is better."""
     questions: int = 0
-    """Validation questions behind ``error``, at least 1 where the status is ``ok``."""
+    """Validation questions behind ``error``; 0 with status ``ok``: the site withholds both."""
 
 
 def predictor_record(flat: F32) -> ArrayRecord:
@@ -122,7 +123,7 @@ def decode_predictor_replies(
 def _state(update: F32, losses: float, error: float, questions: int) -> int:
     if not (np.isfinite(update).all() and math.isfinite(losses + error)):
         return NON_FINITE
-    in_range = 0.0 <= error <= LARGEST_ERROR + 1e-6 and questions >= 1
+    in_range = 0.0 <= error <= LARGEST_ERROR + 1e-6 and (questions >= 1 or error == 0.0)
     if not in_range or np.abs(update).max(initial=0.0) > MAX_ENTRY:
         return OUT_OF_RANGE
     return OK

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fedalign.errors import WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 HELLO = "query.hello"
 SCORE = "evaluate.score"
@@ -24,18 +24,29 @@ F32 = npt.NDArray[np.float32]
 
 # Status of one client in a reply.
 OK = 0
-STATUS = {
-    OK: "ok",
-    1: "unknown-client",
-    2: "no-data",
-    3: "non-finite",
-    4: "manifest-mismatch",
-    5: "bad-request",
-    6: "internal-error",
-    7: "out-of-range",
-}
 UNKNOWN_CLIENT, NO_DATA, NON_FINITE, MANIFEST_MISMATCH, BAD_REQUEST, INTERNAL_ERROR = range(1, 7)
 OUT_OF_RANGE = 7
+# A site says these for itself, by its own policy.
+REFUSED_BASE_MODEL, REFUSED_OBJECTIVE, REFUSED_AGGREGATION, REFUSED_SETTINGS = range(8, 12)
+TOO_FEW_EXAMPLES, BUDGET_EXHAUSTED = 12, 13
+STATUS = {
+    OK: "ok",
+    UNKNOWN_CLIENT: "unknown-client",
+    NO_DATA: "no-data",
+    NON_FINITE: "non-finite",
+    MANIFEST_MISMATCH: "manifest-mismatch",
+    BAD_REQUEST: "bad-request",
+    INTERNAL_ERROR: "internal-error",
+    OUT_OF_RANGE: "out-of-range",
+    REFUSED_BASE_MODEL: "refused-base-model",
+    REFUSED_OBJECTIVE: "refused-objective",
+    REFUSED_AGGREGATION: "refused-aggregation",
+    REFUSED_SETTINGS: "refused-settings",
+    TOO_FEW_EXAMPLES: "too-few-examples",
+    BUDGET_EXHAUSTED: "budget-exhausted",
+}
+POLICY_CODES = tuple(STATUS[s] for s in range(REFUSED_BASE_MODEL, BUDGET_EXHAUSTED + 1))
+"""What a site says when its own policy, and not a fault, keeps it from taking part."""
 
 MAX_CLIENTS = 100_000
 MAX_ITEMS = 10_000_000
@@ -190,7 +201,10 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreReply:
-    """One client's answer to ``score``: a status and a score for each stage or split."""
+    """One client's answer to ``score``: a status and a score for each stage or split.
+
+    A site that withholds its scores answers ``ok`` without any.
+    """
 
     client: str
     status: int
@@ -204,6 +218,7 @@ class TrainReply:
     client: str
     status: int
     score: Score | None = None
+    """Of the received adapter; None with status ``ok``: the site withholds it."""
     loss: float = 0.0
     """Mean training loss over the steps."""
     loss_first: float = 0.0

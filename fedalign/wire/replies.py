@@ -1,4 +1,9 @@
-"""Answers to ``score``, ``train`` and ``personal``."""
+"""Answers to ``score``, ``train`` and ``personal``.
+
+**Withheld scores.**  A site may train and keep its scores to itself: question count 0 and every
+other number of the score exactly 0, with status ``ok``.  A count of 0 beside any other number is a
+broken row.
+"""
 
 from __future__ import annotations
 
@@ -105,8 +110,13 @@ def decode_scores(
             n = counts[stage][i]
             items = tuple(zip(keys[at : at + n], values[at : at + n], strict=True))
             at += n
-            if status[i] != OK or columns[1][i] == 0:
-                continue  # n = 0: this client holds no question of this split
+            if status[i] != OK:
+                continue
+            if columns[1][i] == 0:
+                # No question of this split, or withheld: then there is nothing else to say.
+                if not _is_absent(columns, i) or n:
+                    bad.add(i)
+                continue
             score = _score(columns, i, items, low)
             if score is None:
                 bad.add(i)
@@ -163,9 +173,11 @@ def decode_train(
         if status[i] != OK:
             replies.append(TrainReply(client, status[i]))
             continue
-        score = _score(columns, i, (), low)
+        withheld = _is_absent(columns, i)
+        score = None if withheld else _score(columns, i, (), low)
         numbers = loss[i] + first[i] + last[i] + seconds[i]
-        if score is None or not (np.isfinite(updates[i]).all() and math.isfinite(numbers)):
+        broken = score is None and not withheld
+        if broken or not (np.isfinite(updates[i]).all() and math.isfinite(numbers)):
             replies.append(TrainReply(client, NON_FINITE))
             continue
         if np.abs(updates[i]).max(initial=0.0) > MAX_ENTRY:
@@ -209,6 +221,11 @@ def _columns(m: MetricRecord, name: str, k: int) -> tuple[tuple[float, ...], ...
         raise WireError("bad-reply") from None
 
 
+def _is_absent(columns: tuple[tuple[float, ...], ...], i: int) -> bool:
+    """Say whether a client gives no score: all four numbers exactly 0."""
+    return all(c[i] == 0.0 for c in columns)
+
+
 def _score(
     columns: tuple[tuple[float, ...], ...],
     i: int,
@@ -216,6 +233,8 @@ def _score(
     low: float,
 ) -> Score | None:
     score, n, mass, uniform = (c[i] for c in columns)
+    if n < 1:
+        return None
     tolerance = 1e-6
     in_range = all(
         math.isfinite(x) and low - tolerance <= x <= 1 + tolerance
@@ -225,12 +244,7 @@ def _score(
     honest = len(keys) == len(items) and all(QUESTION_KEY.fullmatch(key) for key in keys)
     if honest and len(items) == n:
         honest = abs(math.fsum(v for _, v in items) / n - score) <= ITEM_TOLERANCE
-    if (
-        not honest
-        or not in_range
-        or not (math.isfinite(mass) and -tolerance <= mass <= 1 + 1e-3)
-        or n < 1
-    ):
+    if not honest or not in_range or not (math.isfinite(mass) and -tolerance <= mass <= 1 + 1e-3):
         return None
     return Score(score, int(n), mass, uniform, items)
 
@@ -243,7 +257,7 @@ def open_reply(content: RecordDict, clients: Sequence[str]) -> tuple[int, ...]:
             raise WireError("protocol")
         named = tuple(str(x) for x in c["clients"])  # type: ignore[union-attr]
         status = ints(content.metric_records["status"]["status"], len(clients))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise WireError("bad-reply") from None
     if named != tuple(clients):
         raise WireError("bad-reply", "other clients than asked")

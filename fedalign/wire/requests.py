@@ -8,7 +8,16 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedalign.errors import WireError
-from fedalign.wire.records import F32, MAX_CLIENTS, PROTOCOL, Hello, Manifest, Request
+from fedalign.wire.records import (
+    F32,
+    MAX_CLIENTS,
+    OK,
+    PROTOCOL,
+    STATUS,
+    Hello,
+    Manifest,
+    Request,
+)
 from fedalign.wire.values import array, ints, name
 
 
@@ -44,7 +53,7 @@ def decode_request(content: RecordDict) -> Request:
             manifest_hash=str(c["manifest"]),
             splits=tuple(str(x) for x in c["splits"]),  # type: ignore[union-attr]
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise WireError("bad-request") from None
     if protocol != PROTOCOL:
         raise WireError("protocol", f"this side speaks {PROTOCOL}, the message {protocol}")
@@ -83,9 +92,13 @@ def encode_hello(hello: Hello) -> RecordDict:
 
 
 def decode_hello(content: RecordDict) -> Hello:
-    """Read and check the answer to ``hello``; a node that failed says so with a status code."""
+    """Read and check the answer to ``hello``.
+
+    A node that does not take part answers by ``encode_failure`` with its one client and a status
+    code: that code is the reason of the ``WireError``.  Without a client it is ``could-not-start``.
+    """
     if "hello" not in content.config_records and "status" in content.metric_records:
-        raise WireError("could-not-start")
+        raise WireError(_refusal(content))
     try:
         c = content.config_records["hello"]
         m = content.metric_records["counts"]
@@ -101,10 +114,24 @@ def decode_hello(content: RecordDict) -> Hello:
             versions={str(k): str(v) for k, v in json.loads(str(c["versions"])).items()},
             **counts,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise WireError("bad-hello") from None
     if len(hello.groups) != len(clients) or len(set(clients)) != len(clients):
         raise WireError("bad-hello", "groups or names do not match the clients")
     if len(clients) > MAX_CLIENTS or hello.form not in ("survey", "pairs"):
         raise WireError("bad-hello", "too many clients or unknown data form")
     return hello
+
+
+def _refusal(content: RecordDict) -> str:
+    """Return why a node does not take part, as one of the codes of ``STATUS``."""
+    try:
+        if int(content.config_records["reply"]["protocol"]) != PROTOCOL:  # type: ignore[arg-type]
+            return "protocol"
+        given = content.metric_records["status"]["status"]
+        if not given:
+            return "could-not-start"
+        (status,) = ints(given, 1)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return "bad-hello"
+    return STATUS[status] if status in STATUS and status != OK else "bad-hello"

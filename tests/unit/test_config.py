@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fedalign.aggregation import WEIGHT_RULES
 from fedalign.config import (
     CHOICES,
+    KEPT_FROM_SITES,
     NOT_IN_HASH,
     RANGES,
     Config,
@@ -27,6 +29,7 @@ from fedalign.config import (
     resolve_metric,
     to_flat,
     to_json,
+    to_site_json,
 )
 from fedalign.config import WEIGHT_RULES as RULE_NAMES
 from fedalign.config_docs import field_docs, markdown
@@ -50,6 +53,7 @@ def test_choices_and_ranges_name_real_keys() -> None:
     assert set(CHOICES) <= known
     assert set(RANGES) <= known
     assert set(NOT_IN_HASH) <= known
+    assert set(KEPT_FROM_SITES) <= known
 
 
 def test_rules_are_the_ones_that_exist() -> None:
@@ -75,6 +79,11 @@ def test_unknown_key_names_the_nearest() -> None:
         ("data.source", "polis", "needs data.path"),
         ("local.label-noise", 0.1, "no effect"),
         ("local.engine", "trl", "hard labels"),
+        ("deployment.registry", "here.sqlite", "absolute"),
+        ("deployment.min-sites", -1, r"outside \[0"),
+        ("deployment.min-sites", 2, "no effect without deployment.registry"),
+        ("deployment.audit", "/a/audit.jsonl", "no effect without deployment.registry"),
+        ("deployment.wait", 0.0, r"outside \(0"),
     ],
 )
 def test_bad_values_are_named(key: str, value: object, words: str) -> None:
@@ -176,3 +185,39 @@ def test_tasks_and_predictors_belong_to_their_mode() -> None:
     with pytest.raises(ConfigError, match=r"local\.engine = 'trl'"):
         from_flat({"local.objective": "grpo"})
     from_flat({"rewards.task": "order", "local.objective": "ppo"})
+
+
+def test_a_deployment_changes_nothing_that_is_computed() -> None:
+    plain = from_flat({})
+    deployed = from_flat(
+        {
+            "deployment.registry": "/state/registry.sqlite",
+            "deployment.audit": "/state/audit.jsonl",
+            "deployment.min-sites": 3,
+            "deployment.wait": 7,
+        }
+    )
+    assert config_hash(plain) == config_hash(deployed)
+    assert differing_keys(plain, deployed) == []
+
+
+def test_sites_are_not_told_where_things_lie_at_the_coordinator() -> None:
+    config = from_flat(
+        {
+            "run.out": "/state/runs/a",
+            "data.source": "survey",
+            "data.path": "/state/data.jsonl",
+            "data.validation": 0.3,
+            "rewards.prompts": "/state/prompts.jsonl",
+            "deployment.registry": "/state/registry.sqlite",
+            "deployment.min-sites": 2,
+        }
+    )
+    text = to_site_json(config)
+    assert "/state" not in text
+    sent = json.loads(text)
+    assert set(sent) == set(to_flat(config))
+    assert (sent["deployment.min-sites"], sent["data.validation"]) == (0, 0.3)
+    own = from_flat(sent | {"data.path": "/srv/mine.jsonl"})
+    assert config_hash(own) != config_hash(config)
+    assert own.run == replace(config.run, out="")

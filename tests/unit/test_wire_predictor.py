@@ -119,3 +119,9 @@ def test_a_missing_or_short_column_condemns_the_message(column: str, missing: bo
         metrics[column] = metrics[column][:1]
     with pytest.raises(WireError, match="bad-reply"):
         decode_predictor_replies(content, NAMES, SIZE)
+
+
+def test_a_site_may_withhold_the_error() -> None:
+    withheld = replace(GOOD, client="b", error=0.0, questions=0)
+    rows, _ = decode_predictor_replies(answer(withheld), NAMES, SIZE)
+    assert rows[1] == withheld

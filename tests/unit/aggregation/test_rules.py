@@ -157,14 +157,16 @@ def rounds(draw):
     out = []
     for t in range(1, draw(st.integers(1, 4)) + 1):
         present = draw(st.sets(st.sampled_from(names), min_size=1))
+        silent = draw(st.sets(st.sampled_from(sorted(present))))
         out.append(
             Observation(
                 t,
                 {
                     g: GroupObservation(
                         g in present,
-                        draw(score) if g in present else None,
+                        draw(score) if g in present - silent else None,
                         draw(st.integers(1, 1000)),
+                        g in silent,
                     )
                     for g in names
                 },
@@ -188,6 +190,11 @@ def test_simplex_absence_bounds_and_round_trip(rule, settings, run):
                 was, now = before.history[g], state.history[g]
                 assert (now.value, now.observed) == (was.value, was.observed)
                 assert now.rounds_since_seen == was.rounds_since_seen + 1
+            if o.withheld:
+                after = state.history.get(g)
+                assert (after and after.value) == (
+                    before.history[g].value if g in before.history else None
+                )
         if rule in ("adaptive", "placebo", "afl", "qffl"):
             n = len(got)
             high = min(settings.ceiling / n, (1 + 1 / n) / 2)
@@ -240,6 +247,73 @@ def test_nobody_present_is_an_error(rule):
     nobody = Observation(1, {"a": GroupObservation(False, None, 3)})
     with pytest.raises(ValueError, match="no group is present"):
         WEIGHT_RULES[rule](WeightSettings(), RuleState(), nobody)
+
+
+# ---- withheld scores
+
+
+def silent(scores: dict[str, float | None], round: int = 1):
+    return Observation(
+        round, {g: GroupObservation(True, s, 10, s is None) for g, s in scores.items()}
+    )
+
+
+def test_a_group_that_never_gave_a_score_counts_as_an_average_one():
+    """Shortfalls .1 and .3, neutral .2.
+
+    adaptive at T = .1: e^1 : e^2 : e^3.  q-FFL, q = 1: .1 : .2 : .3.  afl, step .5, from thirds:
+    .05, .1, .15 added, .1 taken from each.
+    """
+    free = {"floor": 0.0, "ceiling": 9.0}
+    seen_ = silent({"a": 0.9, "b": None, "c": 0.7})
+    third, e = 1 / 3, math.e
+    expected = {
+        "adaptive": (1 / (1 + e + e * e), e / (1 + e + e * e), e * e / (1 + e + e * e)),
+        "qffl": (1 / 6, 1 / 3, 1 / 2),
+        "afl": (third - 0.05, third, third + 0.05),
+        "worst": (0.0, 0.0, 1.0),
+        "uniform": (third, third, third),
+        "size": (third, third, third),
+    }
+    for rule, values in expected.items():
+        settings = WeightSettings(temperature=0.1, step=0.5, **free)
+        state, got = WEIGHT_RULES[rule](settings, RuleState(), seen_)
+        assert list(got.values()) == pytest.approx(values), rule
+        assert "b" not in state.history
+
+
+def test_a_group_that_stops_giving_scores_keeps_its_history():
+    settings = WeightSettings(temperature=0.1, floor=0.0, ceiling=9.0)
+    state, _ = adaptive.update(settings, RuleState(), silent({"a": 0.9, "b": 0.8}))
+    state, got = adaptive.update(settings, state, silent({"a": 0.9, "b": None}, round=2))
+    assert state.history["b"] == GroupHistory(0.8, 1, 1)
+    assert got["b"] == pytest.approx(math.e / (1 + math.e))
+    assert adaptive.coverage(settings, state, silent({"a": 0.9, "b": None})) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rule", WEIGHT_RULES)
+@given(settings=settings_, names=groups)
+def test_where_all_withhold_nobody_is_told_apart(rule, settings, names):
+    state, got = WEIGHT_RULES[rule](settings, RuleState(), silent(dict.fromkeys(names)))
+    assert got == pytest.approx(dict.fromkeys(names, 1 / len(names)), abs=1e-9)
+    assert state.history == {}
+
+
+@given(settings=settings_, names=groups, s=score)
+def test_withholding_among_equals_changes_nothing(settings, names, s):
+    for rule in ("adaptive", "placebo", "qffl", "worst", "afl"):
+        observed: dict[str, float | None] = {**dict.fromkeys(names, s), "zz": None}
+        _, got = WEIGHT_RULES[rule](settings, RuleState(), silent(observed))
+        assert got == pytest.approx(dict.fromkeys(observed, 1 / len(observed)), abs=1e-9), rule
+
+
+@pytest.mark.parametrize(
+    "wrong", [GroupObservation(True, 0.5, 1, True), GroupObservation(False, None, 1, True)]
+)
+def test_a_score_is_withheld_or_given_by_somebody_present(wrong):
+    observed = Observation(1, {"a": GroupObservation(True, 0.5, 1), "b": wrong})
+    with pytest.raises(ValueError, match="withholds"):
+        history.observe(RuleState(), WeightSettings(), observed)
 
 
 # ---- history

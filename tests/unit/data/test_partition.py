@@ -117,8 +117,19 @@ def test_dirichlet_gives_clients_their_own_topics() -> None:
 
 def test_column_names_clients_and_long_layout_columns_win() -> None:
     clients = build_clients(survey(90), config(partition="column", partition_column="site"))
-    assert [c.name for c in clients] == ["a#x", "a#y", "a#z", "b"]
-    assert all(i.columns["site"] == "y" for s in SPLITS for i in clients[1].split(s))
+    assert [(c.name, c.group) for c in clients] == [
+        ("only", "b"),
+        ("x", "a"),
+        ("y", "a"),
+        ("z", "a"),
+    ]
+    assert all(i.columns["site"] == "y" for s in SPLITS for i in clients[2].split(s))
+
+
+def test_a_column_value_belongs_to_one_group() -> None:
+    both = survey(90, groups=("a", "c"))  # no column of its own for c: x, y, z in both
+    with pytest.raises(DataError, match=r"groups 'a' and 'c' .* named 'x': column 'site' has"):
+        build_clients(both, config(partition="column", partition_column="site"))
 
 
 def test_unknown_column_names_the_row_and_the_nearest() -> None:

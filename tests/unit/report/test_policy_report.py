@@ -41,6 +41,9 @@ def make_rewards_ledger(
     final: bool = True,
     closed: bool = True,
     mass: float = 0.97,
+    cut: tuple[int, ...] = (),
+    refused: float = 0.0,
+    error: float | None = None,
 ) -> Path:
     """Write the ledger of a run of ten exchanges, three groups, one client a group."""
     settings = {
@@ -96,14 +99,14 @@ def make_rewards_ledger(
                 "reward-scale": 1 / 3 if 0.97 + 0.003 * t < 0.99 else 1.0,
                 "format-rate": 1 - 0.002 * t,
                 "clip-fraction": 0.02 * (1 + t % 2),
-                "clip-fraction-max": 0.01 * t,
-                "updates": 8.0,
+                "clip-fraction-max": 0.9 if t in cut else 0.01 * t,
+                "updates": 3.0 if t in cut else 8.0,
                 "rollouts": 256.0,
                 "generated-tokens": 256.0,
                 "updated-tokens": 2048.0,
                 "value-loss": 0.1 / t,
                 "unanswered": 7.0,
-                "refused": 0.0,
+                "refused": refused,
                 "predicted": 0.0,
                 "malformed": 3.0,
             }
@@ -123,6 +126,11 @@ def make_rewards_ledger(
                 ],
                 replies=[ReplyRow(g, g, examples=250) for g in names if g != absent],
                 timings=[TimingRow("generate", 0.5), TimingRow("update", 1.0)],
+            )  # fmt: skip
+        if error is not None:
+            ledger.write(
+                "predictor", 1, 1, replies=[ReplyRow(g, g, examples=9999) for g in names],
+                curves=[CurveRow(g, "predictor-error", error) for g in names],
             )  # fmt: skip
         if final:
             ledger.write("final", EXCHANGES, 1, scores=scores("shared", 1, mass),
@@ -179,7 +187,8 @@ def test_page_of_a_rewards_run(tmp_path: Path) -> None:
         "Influence over exchanges",
         "Mean reward of sampled texts over exchanges",
         "KL from the base over exchanges",
-        "Well-formed texts and fairness over exchanges",
+        "Well-formed texts over exchanges",
+        "Fairness index of the rewards over exchanges",
     ):
         assert heading in said
     for gone in ("Validation score over rounds", "adapter a group received", "over rounds"):
@@ -268,6 +277,54 @@ def test_a_run_without_an_exchange_has_a_page(tmp_path: Path) -> None:
     said = words(tmp_path)
     assert "How the policy was trained" in said
     assert "Rewards received 0, over all clients" in said
+
+
+def test_titles_tell_runs_of_one_scenario_apart(tmp_path: Path) -> None:
+    assert "Run by hand: rule literal, task letter" in words(make_rewards_ledger(tmp_path / "a"))
+    other = words(make_rewards_ledger(tmp_path / "b", rule="mean", task="order"))
+    assert "Run by hand: rule mean, task order" in other
+
+
+def test_the_optimum_has_a_line_in_the_kl_plot(tmp_path: Path) -> None:
+    with_optimum = words(make_rewards_ledger(tmp_path / "a"))
+    assert "The line “optimum” is the closed form" in with_optimum
+    assert " optimum " in with_optimum[with_optimum.index("KL from the base over exchanges") :]
+    assert "The line “optimum”" not in words(
+        make_rewards_ledger(tmp_path / "b", task="shares", closed=False)
+    )
+
+
+def test_the_format_axis_is_the_whole_range(tmp_path: Path) -> None:
+    said = words(make_rewards_ledger(tmp_path))
+    plot = said[said.index("Well-formed texts over exchanges") :]
+    plot = plot[: plot.index("Fairness index of the rewards")]
+    assert {"0.00", "0.25", "1.00"} <= set(plot.split())
+
+
+def test_exchanges_that_were_cut_short_are_named(tmp_path: Path) -> None:
+    folder = make_rewards_ledger(tmp_path / "a", cut=(4, 7))
+    text = (
+        "2 of 10 exchanges (4, 7) were cut short after 3.0 of 8 updates on average: more than 80% "
+        "of an update's ratios were clipped"
+    )
+    assert rows(folder)["Optimiser updates"].startswith(f"70. {text}")
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
+        verdict = judge(gather(ledger), summarise(ledger))
+    assert any(s.startswith(text) for s in verdict.sentences)
+    assert "cut short" not in words(make_rewards_ledger(tmp_path / "b"))
+
+
+def test_few_rewards_and_a_poor_predictor_are_in_the_verdict(tmp_path: Path) -> None:
+    folder = make_rewards_ledger(tmp_path / "a", refused=2000.0, error=0.3)
+    said = words(folder)
+    # 7 250 came of 7 250 + 20 000 + 100.
+    assert "Only 27% of the rewards asked for came (30 malformed (0%)" in said
+    assert "20,000 refused (73%)" in said
+    assert "The preference predictor is poor for 3 of 3 clients" in said
+    assert rows(folder)["Rewards received"].startswith("7,250, ")
+    good = words(make_rewards_ledger(tmp_path / "b", error=0.1))
+    assert "Only" not in good
+    assert "predictor is poor" not in good
 
 
 def test_card_names_rule_and_task(tmp_path: Path) -> None:

@@ -27,14 +27,25 @@ LAYOUT = (
 MANIFEST = wire.Manifest(LAYOUT, 2, 4.0, ("q", "v"), "base", "tok", False)
 
 
+def group_of(client: str) -> str:
+    """Return the group of a client (``east#1``) or of a site (``east-b``)."""
+    return client.split("#")[0].split("-")[0]
+
+
 def worth(client: str, text: str) -> float:
     """Return what a text is worth to a client of the fake federation, in [0, 1]."""
-    return float(generator(0, "worth", client.split("#")[0], text).random())
+    return float(generator(0, "worth", group_of(client), text).random())
 
 
 Tamper = Callable[[str, str, int], str | None]
 """(message type, client, round) -> what to break: 'nan', 'high', 'status', 'raise', 'shape';
-in exchanges also 'silent', 'first-silent' and 'lies'."""
+in exchanges also 'silent', 'first-silent' and 'lies'; a site also 'withhold', or the code with
+which it refuses."""
+
+
+def code(word: str | None) -> int:
+    """Return the status that is called ``word``; ``OK`` for any other word."""
+    return {text: status for status, text in wire.STATUS.items()}.get(word or "", wire.OK)
 
 
 def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) -> ClientApp:
@@ -48,8 +59,9 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
         return {c: f for c, f in found.items() if f}
 
     def target(client: str) -> np.ndarray:
-        group = client.split("#")[0]
-        return generator(0, "target", group).normal(size=manifest.size).astype(np.float32)
+        return (
+            generator(0, "target", group_of(client)).normal(size=manifest.size).astype(np.float32)
+        )
 
     def score(client: str, adapter: np.ndarray, items: bool) -> wire.Score:
         value = float(1.0 / (1.0 + np.square(adapter - target(client)).mean()))
@@ -59,17 +71,23 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         node = context.node_config
-        mine = CLIENTS[int(node["partition-id"]) :: int(node["num-partitions"])]
+        if "site" in node:
+            mine = (str(node["site"]),)
+            refused = code(broken("hello", mine, 0).get(mine[0]))
+            if refused != wire.OK:
+                return Message(wire.encode_failure(mine, refused), reply_to=message)
+        else:
+            mine = CLIENTS[int(node["partition-id"]) :: int(node["num-partitions"])]
         n = len(mine)
         content = wire.Hello(
-            mine,
-            tuple(c.split("#")[0] for c in mine),
+            tuple(str(node.get("says-site", c)) for c in mine),
+            tuple(str(node.get("says-group", group_of(c))) for c in mine),
             "survey",
-            (4,) * n,
+            (int(node.get("train", 4)),) * n,
             (2,) * n,
             (2,) * n,
             tuple(10 + len(c) for c in mine),
-            manifest,
+            replace(manifest, base_revision=str(node.get("model", manifest.base_revision))),
             {"fedalign": "0"},
         )
         return Message(wire.encode_hello(content), reply_to=message)
@@ -84,6 +102,8 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
             scores = {s: score(c, adapter, s == "test") for s in request.splits}
             if bad.get(c) == "high":
                 scores = {s: replace(v, score=7.0) for s, v in scores.items()}
+            if bad.get(c) == "withhold":
+                scores = {}
             replies.append(wire.ScoreReply(c, wire.OK, scores))
         return Message(wire.encode_scores(replies, request.splits), reply_to=message)
 
@@ -98,9 +118,11 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
             new = adapter + 0.3 * (target(c) - adapter) + 0.01 * noise.astype(np.float32)
             if bad.get(c) == "nan":
                 new[0] = np.nan
-            status = wire.NO_DATA if bad.get(c) == "status" else wire.OK
-            s = score(c, adapter, False)
-            if bad.get(c) == "high":
+            status = wire.NO_DATA if bad.get(c) == "status" else code(bad.get(c))
+            s: wire.Score | None = score(c, adapter, False)
+            if bad.get(c) == "withhold":
+                s = None
+            elif s is not None and bad.get(c) == "high":
                 s = replace(s, score=1.5)
             replies.append(wire.TrainReply(c, status, s, 0.7, 0.9, 0.5, 8, 3, 0.01))
             updates.append(new)
@@ -141,11 +163,15 @@ def numpy_app(tamper: Tamper | None = None, manifest: wire.Manifest = MANIFEST) 
     @app.train("personal")
     def personal(message: Message, context: Context) -> Message:
         request = wire.decode_request(message.content)
-        broken("personal", request.clients, request.round)
+        bad = broken("personal", request.clients, request.round)
         adapter = wire.decode_adapter(message.content, manifest)
         stages = ("personal", "local_only", "local_only_total")
         replies = [
-            wire.ScoreReply(c, wire.OK, {s: score(c, adapter, True) for s in stages})
+            wire.ScoreReply(
+                c,
+                wire.OK,
+                {} if bad.get(c) == "withhold" else {s: score(c, adapter, True) for s in stages},
+            )
             for c in request.clients
         ]
         return Message(wire.encode_scores(replies, stages), reply_to=message)
@@ -194,3 +220,15 @@ def make_app() -> Callable[..., ClientApp]:
 def all_clients() -> tuple[str, ...]:
     """Return the names of the small federation's clients."""
     return CLIENTS
+
+
+@pytest.fixture
+def deployed(settings: Callable[..., Config]) -> Callable[..., Config]:
+    """Return a maker of configurations of a deployment."""
+
+    def make(folder: str = "run", **keys: object) -> Config:
+        # The registry is handed to `execute`, so this path is never opened.
+        here = {"deployment__registry": "/nowhere/registry.sqlite", "deployment__wait": 0.1}
+        return settings(folder, **(here | keys))
+
+    return make

@@ -10,6 +10,7 @@ import pytest
 from fedalign import wire
 from fedalign.errors import RunFailed
 from server.directory import Directory, Member, build
+from server.enrolled import OnlineSite
 
 LAYOUT = (("m.lora_A.weight", (2, 3)), ("m.lora_B.weight", (4, 2)))
 MANIFEST = wire.Manifest(LAYOUT, 2, 4.0, ("m",), "base", "tok", False)
@@ -68,3 +69,16 @@ def test_nodes_with_other_forms_are_refused() -> None:
 def test_no_client_is_refused() -> None:
     with pytest.raises(RunFailed, match="no node hosts a client"):
         build([(1, hello())])
+
+
+def test_sites_move_leave_and_come_back_under_their_name() -> None:
+    d = directory({"a": 10, "b": 10, "c": 10})
+    moved = d.located({"a": OnlineSite("a", "a", 9, b"new"), "c": OnlineSite("c", "c", 1, b"k")})
+    assert [m.node for m in moved.members.values()] == [9, None, 1]
+    assert moved.members["a"].key == b"new"
+    assert moved.jobs(["a", "b", "c"], 5) == [(9, ("a",)), (1, ("c",))]
+    # Who is away changes neither the sample nor the groups.
+    assert moved.sample(0, 3, 2) == d.sample(0, 3, 2)
+    assert moved.groups == d.groups
+    assert moved.located({"b": OnlineSite("b", "b", 4, b"k")}).members["b"].node == 4
+    assert list(moved.without(["b"]).members) == ["a", "c"]
