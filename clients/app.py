@@ -1,147 +1,106 @@
-"""The Flower ClientApp: one handler for each message type, and nothing private in any reply.
+"""The Flower ClientApp: hands each message on, and nothing private is in any reply.
 
-A handler decodes the request, lets the resident trainer work, encodes the answer.  Whatever goes
-wrong becomes a status code for the clients concerned; the traceback goes to this process's own log
-(logger ``fedalign.client``) and nowhere else.
+On an enrolled site (``--node-config 'socket="..."'``) this code came from the coordinator and runs
+beside the node's key, away from the data.  It sends kind and content of the message to the site's
+resident trainer over a unix socket (``frames.py``) and returns what comes back; it loads neither
+torch nor a model.  In simulation there is no socket and the handlers run in this process.
+
+Whatever goes wrong becomes a status code for the clients that the message names; the cause goes to
+this process's own log (logger ``fedalign.client``) and nowhere else.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import socket
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.store import hosted, population
 from fedalign import wire
-from fedalign.config import Config, from_json
-from fedalign.errors import FedalignError, WireError
-from fedalign.wire.predictor import decode_predictor, encode_predictor_replies
+from fedalign.errors import WireError
+from fedalign.wire.predictor import PREDICTOR
 
 log = logging.getLogger("fedalign.client")
 
+CONNECT = 30.0
+"""Seconds to reach the trainer."""
+LONGEST = 3600.0
+"""Seconds to wait for its answer where the message does not say (``run.round-timeout``)."""
+
 app = ClientApp()
-
-Handler = Callable[[Message, Context, wire.Request, Config], RecordDict]
-
-
-def _answer(message: Message, context: Context, handler: Handler) -> Message:
-    """Decode the request, call the handler, turn any failure into status codes."""
-    clients: tuple[str, ...] = ()
-    try:
-        request = wire.decode_request(message.content)
-        clients = request.clients
-        content = handler(message, context, request, from_json(request.config_json))
-    except WireError as error:
-        log.error("request refused: %s", error)
-        mismatch = error.reason == "manifest-mismatch"
-        status = wire.MANIFEST_MISMATCH if mismatch else wire.BAD_REQUEST
-        content = wire.encode_failure(clients, status)
-    except FedalignError as error:
-        log.error("%s", error)
-        content = wire.encode_failure(clients, wire.INTERNAL_ERROR)
-    except Exception:
-        log.exception("internal error")
-        content = wire.encode_failure(clients, wire.INTERNAL_ERROR)
-    return Message(content, reply_to=message)
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say which clients this node hosts, and with which model."""
-
-    def handle(_: Message, context: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        trainer = resident_trainer(config)
-        return wire.encode_hello(trainer.hello(_hosted(context, config)))
-
-    return _answer(message, context, handle)
+    return _answer(wire.HELLO, message, context)
 
 
 @app.evaluate("score")
 def score(message: Message, context: Context) -> Message:
     """Score the received adapter on the splits asked for."""
-
-    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        trainer = resident_trainer(config)
-        adapter = _adapter(message, request, trainer.manifest)
-        replies = trainer.score(request.clients, adapter, request.splits)
-        return wire.encode_scores(replies, request.splits)
-
-    return _answer(message, context, handle)
+    return _answer(wire.SCORE, message, context)
 
 
 @app.train("round")
 def train(message: Message, context: Context) -> Message:
     """Score the received adapter on validation, then train from it."""
-
-    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        trainer = resident_trainer(config)
-        adapter = _adapter(message, request, trainer.manifest)
-        return wire.encode_train(*trainer.train(request.clients, adapter, request.round))
-
-    return _answer(message, context, handle)
+    return _answer(wire.TRAIN, message, context)
 
 
 @app.train("personal")
 def personal(message: Message, context: Context) -> Message:
     """Train on from the final adapter, locally; answer with test scores only."""
-
-    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        trainer = resident_trainer(config)
-        adapter = _adapter(message, request, trainer.manifest)
-        replies, stages = trainer.personal(request.clients, adapter, request.round)
-        return wire.encode_scores(replies, stages)
-
-    return _answer(message, context, handle)
+    return _answer(wire.PERSONAL, message, context)
 
 
 @app.query("exchange")
 def exchange(message: Message, context: Context) -> Message:
     """Say what the server's sampled texts are worth here, as the site's policy allows."""
-
-    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        trainer = resident_trainer(config)
-        rollouts = wire.decode_rollouts(message.content)
-        predictor = None
-        if config.site.answers != "shares":
-            predictor = decode_predictor(message.content, trainer.predictor.size)
-        return wire.encode_rewards(trainer.exchange(request.clients, rollouts, predictor))
-
-    return _answer(message, context, handle)
+    return _answer(wire.EXCHANGE, message, context)
 
 
 @app.train("predictor")
 def predictor(message: Message, context: Context) -> Message:
     """Train the preference predictor on this site's own answers."""
-
-    def handle(message: Message, _: Context, request: wire.Request, config: Config) -> RecordDict:
-        from clients.trainer import resident_trainer
-
-        site = resident_trainer(config).predictor
-        flat = decode_predictor(message.content, site.size)
-        return encode_predictor_replies(*site.train(request.clients, flat, request.round))
-
-    return _answer(message, context, handle)
+    return _answer(PREDICTOR, message, context)
 
 
-def _adapter(message: Message, request: wire.Request, manifest: wire.Manifest) -> wire.F32:
-    if request.manifest_hash != manifest.hash:
-        raise WireError("manifest-mismatch")
-    return wire.decode_adapter(message.content, manifest)
-
-
-def _hosted(context: Context, config: Config) -> tuple[str, ...]:
-    names = [client.name for client in population(config)]
+def _answer(kind: str, message: Message, context: Context) -> Message:
     node = context.node_config
-    return hosted(names, int(node.get("partition-id", 0)), int(node.get("num-partitions", 1)))
+    if "socket" in node:
+        content = forward(kind, message.content, str(node["socket"]), str(node.get("site", "")))
+    else:
+        from clients.handlers import SiteContext, handle
+
+        share = SiteContext(int(node.get("partition-id", 0)), int(node.get("num-partitions", 1)))
+        content = handle(kind, message.content, share)
+    return Message(content, reply_to=message)
+
+
+def forward(kind: str, content: RecordDict, path: str, site: str) -> RecordDict:
+    """Return the trainer's answer; status ``internal-error`` where there is none in time."""
+    from clients.frames import REPLY, read_frame, write_frame
+    from clients.lines import Line
+
+    clients: tuple[str, ...] = (site,)
+    seconds = LONGEST
+    try:
+        request = wire.decode_request(content)
+        clients = request.clients or clients
+        seconds = float(json.loads(request.config_json)["run.round-timeout"])
+    except (WireError, ValueError, KeyError, TypeError):
+        log.warning("%s: the message cannot be read here; the trainer will say so", kind)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(CONNECT)
+            connection.connect(path)
+            line = Line(connection, seconds)
+            write_frame(line.write, kind, content)
+            line.finish()
+            return read_frame(line.read, (REPLY,))[1]
+    except (OSError, WireError) as error:
+        log.error("%s: no answer from the resident trainer at %s: %s", kind, path, error)
+    return wire.encode_failure(clients, wire.INTERNAL_ERROR)

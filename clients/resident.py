@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from clients.store import population
 from fedalign.config import Config, DataConfig, ModelConfig, RunConfig
 from fedalign.data.records import BadRow, ClientData
 from fedalign.errors import DataError
-from fedalign.models.resident import resident_model
+from fedalign.models.base import ResidentModel
+from fedalign.models.resident import forget_models, resident_model
 from fedalign.training.examples import drop_unusable
 
 
@@ -24,25 +25,37 @@ def usable_clients(config: Config) -> tuple[Mapping[str, ClientData], tuple[BadR
     return _usable_clients(config.model, frozen_a, config.data, config.run.seed)
 
 
-@lru_cache(maxsize=1)
-def _usable_clients(
-    settings: ModelConfig, frozen_a: bool, data: DataConfig, seed: int
+def usable(
+    model: ResidentModel, population: Iterable[ClientData], skip_bad: bool
 ) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
-    model = resident_model(settings, frozen_a)
+    """Return the clients of a population that ``model`` can take, as :func:`usable_clients`."""
     clients: dict[str, ClientData] = {}
     bad: list[BadRow] = []
-    for client in population(Config(run=RunConfig(seed=seed), data=data)):
-        usable, rows = drop_unusable(model, client)
-        if rows and not data.skip_bad:
+    for client in population:
+        kept, rows = drop_unusable(model, client)
+        if rows and not skip_bad:
             raise DataError(
                 f"{rows[0].source}: {rows[0].reason} Correct the row, or use --set "
                 "data.skip-bad=true, which leaves such rows out and lists them."
             )
-        if not (usable.train and usable.validation):
+        if not (kept.train and kept.validation):
             raise DataError(
                 f"client '{client.name}': the model can take none of its training or validation "
                 f"questions; {len(rows)} were left out. First: {rows[0].reason}"
             )
-        clients[client.name] = usable
+        clients[client.name] = kept
         bad += rows
     return clients, tuple(bad)
+
+
+@lru_cache(maxsize=1)
+def _usable_clients(
+    settings: ModelConfig, frozen_a: bool, data: DataConfig, seed: int
+) -> tuple[Mapping[str, ClientData], tuple[BadRow, ...]]:
+    found = population(Config(run=RunConfig(seed=seed), data=data))
+    return usable(resident_model(settings, frozen_a), found, data.skip_bad)
+
+
+def forget_base() -> None:
+    """Let go of the base model; for a process whose work on it was cut short."""
+    forget_models()

@@ -56,7 +56,7 @@ def hosted(names: Sequence[str], partition: int, partitions: int) -> tuple[str, 
     return tuple(sorted(names)[partition::partitions])
 
 
-def keep_personal_adapter(config: Config, client: str, adapter: np.ndarray) -> Path:
+def keep_personal_adapter(config: Config, place: int, client: str, adapter: np.ndarray) -> Path:
     """Write a personal adapter to the run folder; it never travels.
 
     The name holds a readable form of the client's name and its place in the sorted population, so
@@ -64,7 +64,6 @@ def keep_personal_adapter(config: Config, client: str, adapter: np.ndarray) -> P
     """
     folder = Path(config.run.out) / PERSONAL
     folder.mkdir(parents=True, exist_ok=True)
-    place = [c.name for c in population(config)].index(client)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", client).strip("-")[:60]
     path = folder / f"{place:05d}-{readable}.safetensors"
     temporary = path.with_suffix(".tmp")

@@ -25,13 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from clients.resident import usable_clients
+from clients.resident import usable, usable_clients
 from clients.scores import Scorer
 from clients.store import keep_personal_adapter
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
 from fedalign.config import Config, config_hash, personal_stages, resolve_metric
-from fedalign.data.records import SurveyItem
+from fedalign.data.records import ClientData, SurveyItem
 from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
 from fedalign.randomness import Key
@@ -59,12 +59,21 @@ class _Prepared:
 class ResidentTrainer:
     """Serves all clients of one process for one run."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, own: ClientData | None = None) -> None:
+        """Load the base and check the clients' rows.
+
+        Args:
+            config: the run's settings.
+            own: the one client of an enrolled site; None takes the configured population.
+        """
         torch.set_num_threads(1)
         self.config = config
         self.frozen_a = config.aggregation.method == "frozen-a"
         self.model = resident_model(config.model, self.frozen_a)
-        self.clients, self.bad_rows = usable_clients(config)
+        if own is None:
+            self.clients, self.bad_rows = usable_clients(config)
+        else:
+            self.clients, self.bad_rows = usable(self.model, (own,), config.data.skip_bad)
         self.form = next(iter(self.clients.values())).form
         self.metric = resolve_metric(config, self.form)
         self.manifest = wire.Manifest(
@@ -130,7 +139,7 @@ class ResidentTrainer:
         results = {r.client: r for r in self._train(jobs)}
         seconds = (time.perf_counter() - began) / max(1, len(jobs))
         updates = np.zeros((len(names), self.manifest.upload_size), dtype=np.float32)
-        upload = self._upload_mask()
+        upload = self.upload_mask()
         replies = []
         for i, name in enumerate(names):
             if name in unknown:
@@ -180,6 +189,7 @@ class ResidentTrainer:
         stages = personal_stages(self.config)
         if "local_only_total" not in stages:
             total = settings.steps  # mode ``rewards``: clients took no steps in the run
+        places = {name: i for i, name in enumerate(sorted(self.clients))}
         replies = []
         for name in names:
             if name in unknown:
@@ -195,7 +205,7 @@ class ResidentTrainer:
                 replies.append(wire.ScoreReply(name, wire.NON_FINITE, {}))
                 continue
             adapters = self._stage_adapters(results, settings.steps)
-            keep_personal_adapter(self.config, name, adapters["personal"])
+            keep_personal_adapter(self.config, places[name], name, adapters["personal"])
             scores = {}
             for stage in stages:
                 self.model.load(adapters[stage])
@@ -288,21 +298,32 @@ class ResidentTrainer:
             adapters["local_only_total"] = results[1].adapter
         return adapters
 
-    def _upload_mask(self) -> np.ndarray:
+    def upload_mask(self) -> np.ndarray:
+        """Return which entries of an adapter (P,) clients send back."""
         sent = {name for name, _ in self.manifest.upload}
         return np.concatenate(
             [np.full(int(np.prod(shape)), name in sent) for name, shape in self.manifest.layout]
         )
 
 
-def resident_trainer(config: Config) -> ResidentTrainer:
-    """Return this process's trainer for a run; it is kept while the run's settings stay."""
-    if (config_hash(config), config.run.out) != (_last.get("key"), _last.get("out")):
-        _last.clear()
-        _last.update(key=config_hash(config), out=config.run.out, trainer=ResidentTrainer(config))
+def resident_trainer(config: Config, own: ClientData | None = None) -> ResidentTrainer:
+    """Return this process's trainer for a run; it is kept while settings and own data stay."""
+    if (config_hash(config), config.run.out, own) != (
+        _last.get("key"),
+        _last.get("out"),
+        _last.get("own"),
+    ):
+        forget()
+        made = ResidentTrainer(config, own)
+        _last.update(key=config_hash(config), out=config.run.out, own=own, trainer=made)
     trainer = _last["trainer"]
     assert isinstance(trainer, ResidentTrainer)
     return trainer
+
+
+def forget() -> None:
+    """Let go of the trainer: the next message makes a new one."""
+    _last.clear()
 
 
 _last: dict[str, object] = {}

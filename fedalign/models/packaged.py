@@ -51,6 +51,29 @@ def pocket_folder() -> Path:
     return cached
 
 
+def keep_in_cache() -> None:
+    """Put the shipped pocket in the user's cache, so that a bundle's process finds it there.
+
+    Does nothing where the code has no weights beside it or the cache has them.
+    """
+    cached = cache_folder()
+    if not is_complete(BESIDE_CODE) or is_complete(cached):
+        return
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=cached.parent, prefix="pocket-copying-"))
+    try:
+        shutil.copytree(BESIDE_CODE, made, dirs_exist_ok=True)
+        made.chmod(0o755)
+        with _lock(cached.with_suffix(".lock")):
+            if not is_complete(cached):
+                if cached.exists():  # left over, incomplete
+                    shutil.rmtree(cached)
+                made.rename(cached)
+    finally:
+        if made.exists():
+            shutil.rmtree(made)
+
+
 def cache_folder() -> Path:
     """Return the pocket's place in the user's cache, one a version of its settings and weights."""
     home = os.environ.get("XDG_CACHE_HOME", "")

@@ -18,3 +18,8 @@ def resident_model(model: ModelConfig, frozen_a: bool) -> ResidentModel:
         _models.clear()  # let go of the old base before the new one is loaded
         _models[key] = ResidentModel(model, frozen_a)
     return _models[key]
+
+
+def forget_models() -> None:
+    """Let go of the base; the next use loads it again."""
+    _models.clear()

@@ -1,5 +1,9 @@
 """From ``model.name`` to a local folder, and the hashes that say which model it is.
 
+A name that begins with ``/``, ``.`` or ``~`` is a folder; a relative one is looked up from the
+working directory of the process, so a run that goes on elsewhere needs the absolute path.  Any
+other name is the hub's, even where a folder here is called the same.
+
 Everything after this works on a folder in Hugging Face layout with safetensors weights.  Pickled
 weights and code from a model repository are never loaded.
 """
@@ -18,6 +22,8 @@ from fedalign.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOCAL = ("/", ".", "~")
+"""How the name of a folder begins."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -30,8 +36,8 @@ def model_folder(config: ModelConfig) -> Path:
         from fedalign.models.packaged import pocket_folder
 
         folder = pocket_folder()
-    elif Path(config.name).is_absolute():
-        folder = Path(config.name)
+    elif config.name.startswith(LOCAL):
+        folder = _local(config.name)
     else:
         folder = _from_hub(config)
     if not (folder / "config.json").is_file():
@@ -72,6 +78,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def _local(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_absolute() and not folder.is_dir():
+        raise ConfigError(
+            f"model.name = '{name}': there is no such folder (looked for from {Path.cwd()}). Give "
+            "the absolute path of a model folder; a relative one is found only from the working "
+            "directory it was written for."
+        )
+    return folder.resolve()
+
+
 def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -96,10 +113,11 @@ def _from_hub(config: ModelConfig) -> Path:
             "Face hub, then log in on this machine with `hf auth login`."
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        here = f" A folder of that name is here: write './{config.name}' for it."
         raise ConfigError(
             f"model.name = '{config.name}' could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}). Check the name and the network, or give the absolute path "
-            "of a model folder, or 'pocket'."
+            f"of a model folder, or 'pocket'.{here if Path(config.name).is_dir() else ''}"
         ) from error
 
 
