@@ -1,4 +1,7 @@
-"""Average against worst group: a light dot a seed, a cross with intervals an arm."""
+"""Average against worst group: a dot a seed, a mark an arm, with intervals over seeds.
+
+Fewer than 3 seeds give no interval: then the dots are drawn larger, and the figure says so.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedalign.metrics.intervals import seed_interval
+from simulations.seed_text import too_few
 
 
 def plot(
@@ -15,7 +19,7 @@ def plot(
     table: Mapping[str, Mapping[int, Mapping[str, float]]],
     extra: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:
-    """Average against worst group: a light dot a seed, a cross with intervals an arm."""
+    """Draw the figure from arm to seed to values, and the references of the first arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,13 +28,16 @@ def plot(
 
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     figure, axes = plt.subplots(figsize=(7.5, 5.5))
+    few = any(too_few(len(by_seed)) for by_seed in table.values())
     for i, (arm, by_seed) in enumerate(table.items()):
         x = [v["average"] for v in by_seed.values() if "average" in v]
         y = [v["worst"] for v in by_seed.values() if "worst" in v]
         if not x or len(x) != len(y):
             continue
         colour = colours[i % len(colours)]
-        axes.scatter(x, y, s=14, color=colour, alpha=0.35, linewidths=0)
+        axes.scatter(
+            x, y, s=34 if few else 14, color=colour, alpha=0.55 if few else 0.35, linewidths=0
+        )
         ix, iy = seed_interval(x), seed_interval(y)
         axes.errorbar(
             float(np.mean(x)),
@@ -59,6 +66,7 @@ def plot(
                 s=50,
                 label=label,
             )
+    said = ["dots: each seed; marks: means; no interval (fewer than 3 seeds)"] if few else []
     best = (
         first.get("reference/optimum_average/average"),
         first.get("reference/optimum_worst/worst"),
@@ -66,7 +74,9 @@ def plot(
     if best[0] and best[1]:
         axes.axvline(float(np.mean(list(best[0].values()))), color="#999999", lw=0.8, ls=":")
         axes.axhline(float(np.mean(list(best[1].values()))), color="#999999", lw=0.8, ls=":")
-        axes.set_title("dotted: best attainable average and worst group", fontsize=9, loc="left")
+        said.append("dotted: best attainable average and worst group")
+    if said:
+        axes.set_title("\n".join(said), fontsize=9, loc="left")
     axes.set_xlabel("average over groups (test, higher is better)")
     axes.set_ylabel("worst group (test, higher is better)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ mean paired difference with (a) a t interval over seeds and (b) a bootstrap inte
 (one resample of questions for both arms and all groups, differences averaged over seeds).  A
 difference counts as *within noise* unless both intervals exclude 0 (option mass and
 ``worst_at_base`` have an interval over seeds only); with fewer than 3 seeds there is no interval
-and no verdict.
+over seeds and no verdict, and every seed's value is shown.
 
 ``worst`` is the minimum over groups on test, which is biased down by noise.  Beside it stands
 ``worst_at_base``: the test score of the group that was worst on *validation* at the untouched base,
@@ -23,14 +23,21 @@ import numpy as np
 
 from fedalign.config import Config, resolve_metric, resolve_reward, to_flat
 from fedalign.ledger import Ledger
-from fedalign.metrics.intervals import (
-    Interval,
-    bootstrap_difference,
-    paired_difference,
-    seed_interval,
-)
+from fedalign.metrics.intervals import Interval, bootstrap_difference, paired_difference
 from fedalign.runfolder import LEDGER, SUMMARY
 from simulations.comparison_plot import plot
+from simulations.seed_text import NO_INTERVAL, TOO_FEW, change_cell, mean_cell, too_few
+
+__all__ = [
+    "NOISE",
+    "Difference",
+    "Run",
+    "mean_cell",
+    "verdict",
+    "worst_at_base",
+    "write_comparison",
+    "write_text",
+]
 
 METRICS = ("average", "worst", "worst_at_base", "fairness_index", "gap", "option_mass")
 SHOWN = ("average", "worst", "worst_at_base", "fairness_index", "option_mass")
@@ -55,6 +62,9 @@ class Difference:
     baseline: str
     metric: str
     seeds: Interval | None
+    """95 % t interval over seeds; None with fewer than 3."""
+    points: tuple[float, ...]
+    """The difference of each seed, in order of seeds."""
     questions: tuple[float, float] | None
     """95 % bootstrap interval over questions, mean over seeds."""
     verdict: str
@@ -167,18 +177,16 @@ def _difference(
     a = {s: v[metric] for s, v in table[arm].items()}
     b = {s: v[metric] for s, v in table[baseline].items()}
     seeds = paired_difference(a, b)
+    points = tuple(a[s] - b[s] for s in sorted(a))
     questions = _question_interval(items, sorted(a), arm, baseline, metric)
     if seeds is None:
-        return Difference(
-            arm, baseline, metric, None, questions, "no interval (fewer than 3 seeds)"
-        )
+        return Difference(arm, baseline, metric, None, points, questions, NO_INTERVAL)
     lows, highs = [seeds.low], [seeds.high]
     if questions is not None:
         lows.append(questions[0])
         highs.append(questions[1])
-    return Difference(
-        arm, baseline, metric, seeds, questions, verdict(lows, highs, metric != "gap")
-    )
+    word = verdict(lows, highs, metric != "gap")
+    return Difference(arm, baseline, metric, seeds, points, questions, word)
 
 
 def verdict(lows: Sequence[float], highs: Sequence[float], higher_is_better: bool = True) -> str:
@@ -255,8 +263,9 @@ def _page(
         f"{len(table)} arms, {seeds} seeds, {how} "
         f"Temperature {weights.temperature:g}, decay {weights.decay:g} (unless the arm's name says "
         "otherwise). "
-        "Test questions, shared adapter. 95 % t intervals over seeds.",
+        "Test questions, shared adapter. ± is the 95 % t interval over seeds.",
         "",
+        *([TOO_FEW, ""] if too_few(seeds) else []),
         "| arm | " + " | ".join(SHOWN) + " | attained average | attained worst |",
         "|---" * (len(SHOWN) + 3) + "|",
     ]
@@ -289,8 +298,8 @@ def _page(
     lines += _low_mass(table, config.score.min_option_mass)
     lines += [
         "",
-        "Below: mean paired difference, [95 % over seeds], {95 % over questions}. A difference",
-        "counts only when both (where there are two) exclude 0.",
+        "Below: mean paired difference, (each seed's) or [95 % over seeds], {95 % over questions}. "
+        "A difference counts only when both intervals (where there are two) exclude 0.",
     ]
     for baseline in baselines:
         lines += _against(baseline, [d for d in differences if d.baseline == baseline])
@@ -339,26 +348,16 @@ def _against(baseline: str, differences: Sequence[Difference]) -> list[str]:
         f"- {arm} and {baseline}: no difference beyond noise on {', '.join(metrics)}."
         for arm, metrics in noise.items()
     ]
-    if not clear:
+    if any(d.seeds is None for d in differences):
+        lines.append("- Nothing can be said: fewer than 3 seeds give no interval over seeds.")
+    elif not clear:
         lines.append("- No difference is measurable at this size.")
     return lines
 
 
-def mean_cell(values: Sequence[float], digits: int = 3) -> str:
-    if not values:
-        return "not defined"
-    interval = seed_interval(values)
-    mean = float(np.mean(values))
-    if interval is None:
-        return f"{mean:.{digits}f} (no interval)"
-    return f"{mean:.{digits}f} ± {interval.high - interval.centre:.{digits}f}"
-
-
 def _difference_cell(d: Difference) -> str:
     questions = "" if d.questions is None else f" {{{d.questions[0]:+.4f}, {d.questions[1]:+.4f}}}"
-    if d.seeds is None:
-        return "no interval" + questions
-    return f"{d.seeds.centre:+.4f} [{d.seeds.low:+.4f}, {d.seeds.high:+.4f}]{questions}"
+    return change_cell(d.seeds, d.points, 4) + questions
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedalign.config import Config
-from simulations.comparison_report import mean_cell
 from simulations.reproduce_parts import PARTS
-from simulations.reproduction_claims import POPULATIONS, text
+from simulations.reproduction_claims import POPULATIONS
 from simulations.reproduction_published import REVIEWS, TABLES, UNSET, Table
 from simulations.reproduction_values import ArmResult, Key, Study, difference, with_base
+from simulations.reproduction_words import text
+from simulations.seed_text import mean_cell
 
 TRIPLE = {"average": "average", "worst": "worst group", "fairness_index": "fairness index"}
 
@@ -81,7 +82,7 @@ def _signs(table: Table, found: Sequence[tuple[Key, Mapping[str, ArmResult]]]) -
                 )  # fmt: skip
                 lines.append(
                     f"- {row.label} - {first.label}, {TRIPLE[metric]}: published {a - b:+.4f}; "
-                    f"ours ({key[1]}, {key[0]}) {text(d.interval)}: {agrees}."
+                    f"ours ({key[1]}, {key[0]}) {text(d)}: {agrees}."
                 )
     return ["", *lines] if lines else []
 

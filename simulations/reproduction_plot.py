@@ -3,7 +3,8 @@
 One row of panels for each task, average left and worst group right, each as the change against the
 untouched base of the same seed, so that the level of a seed's population is not in the way.  Dots
 have the colour of the rule they ran; runs in mode ``adapters`` have no KL and are not drawn, nor
-are other populations.
+are other populations.  Fewer than 3 seeds give no interval: then the dots are drawn larger, and the
+figure says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from fedalign.metrics.intervals import seed_interval
 from simulations.reproduction_claims import POPULATIONS
 from simulations.reproduction_values import Study
+from simulations.seed_text import too_few
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,12 @@ def plot(path: Path, study: Study) -> None:
             task for (_, task), arms in study.items() if any(arm.of("kl") for arm in arms.values())
         )
     )
+    few = any(
+        too_few(len(arm.values))
+        for (part, _), arms in study.items()
+        for arm in arms.values()
+        if part in POPULATIONS
+    )
     figure, grid = plt.subplots(
         max(1, len(tasks)), 2, figsize=(10.5, 4.2 * max(1, len(tasks))), squeeze=False
     )
@@ -61,7 +69,7 @@ def plot(path: Path, study: Study) -> None:
         for axes, metric, label in zip(
             row, ("average", "worst"), ("average over groups", "worst group"), strict=True
         ):
-            _panel(axes, study, task, metric)
+            _panel(axes, study, task, metric, 34 if few else 10)
             axes.set_title(f"{task}: {label}", loc="left", fontsize=10)
             axes.set_xlabel("KL to the base (nats a text)")
             axes.set_ylabel("change against the untouched base (test)")
@@ -75,13 +83,21 @@ def plot(path: Path, study: Study) -> None:
             list(found.values()), list(found), loc="center left", bbox_to_anchor=(0.86, 0.5),
             frameon=False, fontsize=8,
         )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 0.86, 1))
+    if few:
+        figure.text(
+            0.01,
+            0.995,
+            "dots: each run; marks: means; no interval where there are fewer than 3 seeds",
+            va="top",
+            fontsize=9,
+        )
+    figure.tight_layout(rect=(0, 0, 0.86, 0.97 if few else 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-def _panel(axes: Axes, study: Study, task: str, metric: str) -> None:
+def _panel(axes: Axes, study: Study, task: str, metric: str, size: int) -> None:
     for (part, its_task), arms in study.items():
         if its_task != task or part in OTHER_POPULATIONS:
             continue
@@ -94,7 +110,7 @@ def _panel(axes: Axes, study: Study, task: str, metric: str) -> None:
                 continue
             x = [kl[s] for s in seeds]
             y = [after[s] - before[s] for s in seeds]
-            axes.scatter(x, y, s=10, color=colour, alpha=0.3, linewidths=0)
+            axes.scatter(x, y, s=size, color=colour, alpha=0.3, linewidths=0)
             if part in POPULATIONS and name == rule:
                 _mark(axes, x, y, rule, colour, marker)
     axes.scatter([0], [0], marker="*", s=90, color="#444444", label="untouched base", zorder=5)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +42,21 @@ CURVES = {
     "reward_index": "fairness-index",
 }
 """Means over all exchanges, by the name of their curve."""
+ASKED = ("malformed", "unanswered", "refused", "predicted")
+"""Curves that count, over all clients, what became of the rewards that were asked for."""
 
 Values = dict[str, float]
 Key = tuple[str, str]
 """(part, task)"""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The numbers of one finished run."""
+
+    values: Values
+    undefined: Mapping[str, str]
+    """Metric that this run cannot have, and why."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class ArmResult:
     """Seeds that were scored, with too little option mass or too few well-formed texts."""
     config: Config
     """Settings of the first seed."""
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    """Metric that no run could have, and why."""
 
     def of(self, metric: str) -> dict[int, float]:
         """Return seed to value, of the seeds that have it."""
@@ -79,6 +92,8 @@ class Difference:
     against: str
     metric: str
     interval: Interval | None
+    points: tuple[float, ...]
+    """The difference of each seed, in order of seeds."""
     missing: int
     """Seeds that are left out because one of the two runs failed."""
 
@@ -98,38 +113,43 @@ class Explained:
     metric: str
     difference: Interval | None
     """literal - mean."""
+    points: tuple[float, ...]
+    """literal - mean of each seed."""
     share: Interval | None
     """Fieller interval of the ratio; None where it is not defined."""
 
 
 def load(runs: Iterable[Planned]) -> Study:
     """Read every run's ledger once; runs that failed or never began are kept with their reason."""
-    read: dict[Path, Values | str] = {}
+    read: dict[Path, RunResult | str] = {}
     found: dict[Key, dict[str, list[Planned]]] = {}
     for run in runs:
         found.setdefault((run.part, run.task), {}).setdefault(run.arm, []).append(run)
         if run.folder not in read:
-            read[run.folder] = run_values(run.folder)
+            read[run.folder] = run_result(run.folder)
     return {
         key: {name: _arm(made, read) for name, made in arms.items()} for key, arms in found.items()
     }
 
 
-def _arm(runs: Sequence[Planned], read: Mapping[Path, Values | str]) -> ArmResult:
+def _arm(runs: Sequence[Planned], read: Mapping[Path, RunResult | str]) -> ArmResult:
     values: dict[int, Values] = {}
     failed: dict[int, str] = {}
+    undefined: dict[str, str] = {}
     for run in runs:
         got = read[run.folder]
         if isinstance(got, str):
             failed[run.seed] = got
         else:
-            values[run.seed] = got
+            values[run.seed] = got.values
+            undefined = {**got.undefined, **undefined}
+    undefined = {m: why for m, why in undefined.items() if not any(m in v for v in values.values())}
     least = runs[0].config.score.min_option_mass
     low = tuple(s for s, v in sorted(values.items()) if v.get("option_mass", 1.0) < least)
-    return ArmResult(values, failed, low, runs[0].config)
+    return ArmResult(values, failed, low, runs[0].config, undefined)
 
 
-def run_values(folder: Path) -> Values | str:
+def run_result(folder: Path) -> RunResult | str:
     """Return the numbers of a finished run, or why there are none."""
     if not (folder / LEDGER).exists():
         return "it did not begin"
@@ -155,13 +175,19 @@ def run_values(folder: Path) -> Values | str:
             if f"attained/{number}" in summary:
                 values[f"attained_{number}"] = float(summary[f"attained/{number}"])
         values |= _policy_values(ledger)
+        undefined = {
+            metric: str(lack["reason"])
+            for metric in SUMMARY_NAMES
+            for lack in summary["missing"]
+            if lack["name"] == f"shared/{metric}"
+        }
         validated = bool(ledger.scores("base", "validation"))
     if validated:
         group = worst_at_base(folder)
         for stage, name in (("base", "base_worst_at_base"), ("shared", "worst_at_base")):
             if f"{stage}/group/{group}/score" in summary:
                 values[name] = float(summary[f"{stage}/group/{group}/score"])
-    return values
+    return RunResult(values, undefined)
 
 
 def _policy_values(ledger: Ledger) -> Values:
@@ -170,8 +196,11 @@ def _policy_values(ledger: Ledger) -> Values:
         if row.quantity in CLOSED and row.value is not None:
             values[row.quantity] = row.value
     curves: dict[str, list[float]] = {}
+    errors: dict[str, float] = {}
     tokens = 0.0
     for curve in ledger.curves():
+        if curve.name == "predictor-error":
+            errors[curve.client] = curve.value  # sorted by round: the last one stays
         if curve.client == "":
             curves.setdefault(curve.name, []).append(curve.value)
         if curve.name in ("tokens", "policy-tokens"):
@@ -183,11 +212,28 @@ def _policy_values(ledger: Ledger) -> Values:
         values["last_format_rate"] = curves["format-rate"][-1]
     if tokens:
         values["tokens"] = tokens
+    if errors:
+        values["predictor_error"] = float(np.mean(list(errors.values())))
+    if "reward-mean" in curves:
+        values["index_exchanges"] = len(curves.get("fairness-index", ())) / len(
+            curves["reward-mean"]
+        )
+    values |= _shares_asked(ledger, curves)
     if "kl_model" in values:
         values["kl"] = values["kl_model"]
     elif "kl" in curves:
         values["kl"] = float(np.mean(curves["kl"][-LAST:]))
     return values
+
+
+def _shares_asked(ledger: Ledger, curves: Mapping[str, Sequence[float]]) -> Values:
+    """Return which share of all rewards asked for came back as each code, 0 to 1."""
+    counts = {name: sum(curves[name]) for name in ASKED if name in curves}
+    if not counts:
+        return {}
+    rewarded = sum(r.examples for r in ledger.replies() if r.phase == "train" and r.status == "ok")
+    asked = rewarded + sum(n for name, n in counts.items() if name != "predicted")
+    return {f"{name}_share": n / asked for name, n in counts.items()} if asked else {}
 
 
 def with_base(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
@@ -201,7 +247,8 @@ def with_base(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
                 }
                 values[seed] = {**base, "kl": 0.0}
     first = next(iter(arms.values()))
-    return {**arms, BASE: ArmResult(dict(sorted(values.items())), {}, (), first.config)}
+    untouched = ArmResult(dict(sorted(values.items())), {}, (), first.config, first.undefined)
+    return {**arms, BASE: untouched}
 
 
 def difference(
@@ -212,7 +259,8 @@ def difference(
     both = sorted(a.keys() & b.keys())
     asked = {*arms[arm].values, *arms[arm].failed, *arms[against].values, *arms[against].failed}
     interval = paired_difference({s: a[s] for s in both}, {s: b[s] for s in both})
-    return Difference(*key, arm, against, metric, interval, len(asked) - len(both))
+    points = tuple(a[s] - b[s] for s in both)
+    return Difference(*key, arm, against, metric, interval, points, len(asked) - len(both))
 
 
 def explained(arms: Mapping[str, ArmResult], control: str, metric: str) -> Explained | None:
@@ -226,7 +274,7 @@ def explained(arms: Mapping[str, ArmResult], control: str, metric: str) -> Expla
     x = [of[control][s] - of["mean"][s] for s in both]
     y = [of["literal"][s] - of["mean"][s] for s in both]
     plain = paired_difference(dict(enumerate(y)), dict.fromkeys(range(len(y)), 0.0))
-    return Explained(control, metric, plain, ratio_of_means(x, y))
+    return Explained(control, metric, plain, tuple(y), ratio_of_means(x, y))
 
 
 def ratio_of_means(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Interval | None:

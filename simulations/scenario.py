@@ -68,4 +68,7 @@ def load(
         is_hub_name = key == "data.path" and flat.get("data.source") == "hf"
         if value and not is_hub_name:
             flat[key] = str(Path(value).expanduser().resolve())
+    model = str(flat.get("model.name", ""))
+    if model.startswith((".", "~")):  # a folder: a stored run must find it from anywhere
+        flat["model.name"] = str(Path(model).expanduser().resolve())
     return from_flat(flat)

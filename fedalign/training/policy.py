@@ -1,18 +1,10 @@
 """The policy that PPO trains: one LoRA adapter over a frozen base, and a value head on its trunk.
 
-*Policy*: the resident model with the adapter on.  *Reference*: the same model with the adapter
-off, so it can never drift.  *Value head*: one linear map from what enters the output head, at the
-position that predicts a token, to the value before that token, in units of reward.  It reads the
-hidden state detached, so learning values does not bend the policy, and it is no part of the
-adapter.  Its input is divided by the root of its width, so that a learning rate means about the
-same in narrow and wide models.
-
-One exchange: :func:`measure` runs the policy once and the reference once over the sampled texts;
-these log-probabilities and values are the old ones of every update.  :func:`improve` turns scores
-into advantages (``ppo.py``) and takes ``epochs`` passes over keyed minibatches that keep the texts
-of one prompt together.  Both lay texts out the same way, so the first ratio is exactly 1.  Texts of
-a prompt that share their row (all one-letter answers) cost one row; longer texts stand on the cache
-of a prompt that is computed once (``prefix.py``), except where activations are recomputed.
+One exchange: :func:`measure` (``policy_measure.py``) runs the policy once and the reference once
+over the sampled texts; these log-probabilities and values are the old ones of every update.
+:func:`improve` turns scores into advantages (``ppo.py``) and takes ``epochs`` passes over keyed
+minibatches that keep the texts of one prompt together.  The value head reads the hidden state
+detached, so learning values does not bend the policy, and it is no part of the adapter.
 
 AdamW without weight decay works on the flat buffer of the adapter and on the value head, with a
 learning rate for each; its moments go from exchange to exchange in the state
@@ -33,10 +25,19 @@ from fedalign.config import PpoConfig
 from fedalign.errors import DataError, RunFailed
 from fedalign.models.base import ResidentModel
 from fedalign.randomness import Key, generator
-from fedalign.training import batch as plain
 from fedalign.training import ppo, prefix
-from fedalign.training.batch import Prompt, in_passes, output_head
-from fedalign.training.encode import Ids
+from fedalign.training.batch import Prompt, in_passes
+from fedalign.training.policy_measure import (
+    Episodes,
+    Measured,
+    by_length,
+    by_prompt,
+    collate,
+    forward,
+    measure,
+    token_values,
+    vocabulary,
+)
 from fedalign.training.policy_state import (
     PolicyState,
     controlled_kl,
@@ -44,92 +45,6 @@ from fedalign.training.policy_state import (
     optimiser_of,
     start,
 )
-
-Table = np.ndarray[Any, np.dtype[np.float32]]
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """R sampled texts and the prompts they answer, as token ids."""
-
-    prompts: tuple[Ids, ...]
-    """One for each text."""
-    responses: tuple[Ids, ...]
-    """At least one token each, the end-of-sequence token included where the text ended."""
-
-    def __post_init__(self) -> None:
-        if not self.prompts or len(self.prompts) != len(self.responses):
-            raise DataError(
-                f"{len(self.prompts)} prompts for {len(self.responses)} texts; each text needs "
-                "its prompt, and there must be at least one."
-            )
-        if not all(map(len, self.prompts)) or not all(map(len, self.responses)):
-            raise DataError("a prompt or a text has no tokens.")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What policy and reference say of R texts of at most T tokens; zero in the padding."""
-
-    old_logps: Table
-    """(R, T) nats, under the adapter."""
-    ref_logps: Table
-    """(R, T) nats, under the base."""
-    values: Table
-    """(R, T) units of reward."""
-    entropy: Table
-    """(R, T) nats, of the policy's next-token distribution."""
-    mask: np.ndarray[Any, np.dtype[np.bool_]]
-    """(R, T) True on the tokens of the text."""
-
-    @property
-    def kl(self) -> Floats:
-        """(R,) log pi(text) - log pi_ref(text) in nats; its mean estimates KL(pi || pi_ref)."""
-        return (self.old_logps.astype(np.float64) - self.ref_logps).sum(axis=1)
-
-    @property
-    def ref_text_logps(self) -> Floats:
-        """(R,) log-probability of each text under the base, nats."""
-        return self.ref_logps.astype(np.float64).sum(axis=1)
-
-
-def measure(resident: ResidentModel, state: PolicyState, episodes: Episodes) -> Measured:
-    """Return log-probabilities, values and entropy of the texts, each from one forward pass.
-
-    Raises ``RunFailed`` when a log-probability or value is not finite.
-    """
-    resident.load(state.adapter)
-    head = torch.from_numpy(state.value_head).to(resident.device)
-    groups, members = _by_prompt(episodes)
-    mask = _mask(episodes)
-    shared = not resident.checkpointing and prefix.worth_sharing(groups)
-    tables = {name: np.zeros(mask.shape, np.float32) for name in ("old", "ref", "value", "entropy")}
-    for part in in_passes(groups, _vocabulary(resident), _by_length(groups)):
-        batch = _collate(resident, [groups[g] for g in part], shared)
-        found: dict[str, torch.Tensor] = {}
-        with torch.inference_mode():
-            hidden, logits = _forward(resident, batch)
-            found["value"] = _values(hidden, head)[batch.slot]
-            logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            found["old"] = logps[batch.slot, batch.token]
-            found["entropy"] = -(logps.exp() * logps).sum(dim=-1)[batch.slot]
-            del hidden, logits, logps
-            with resident.reference("base"):
-                logits = _forward(resident, batch)[1]
-            logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            found["ref"] = logps[batch.slot, batch.token]
-        texts = [k for g in part for k in members[g]]
-        rows, columns = np.nonzero(mask[texts])  # row by row, as the batch's tokens stand
-        for name, values in found.items():
-            tables[name][np.asarray(texts)[rows], columns] = values.cpu().numpy()
-    for name, table in tables.items():
-        if not np.isfinite(table).all():
-            raise RunFailed(
-                f"{int((~np.isfinite(table)).sum())} of {int(mask.sum())} measured numbers "
-                f"({name}) are not finite. Lower ppo.learning-rate, or run with float32."
-            )
-    return Measured(tables["old"], tables["ref"], tables["value"], tables["entropy"], mask)
 
 
 def improve(
@@ -172,7 +87,7 @@ def improve(
     coefficient = state.kl * kl_factor
     used = _used(episodes, scores)
     plan = _Plan.of(resident, measured, scores, used, settings, coefficient)
-    groups, members = _by_prompt(episodes, used)
+    groups, members = by_prompt(episodes, used)
     resident.load(state.adapter)
     resident.set_trainable()
     resident.attach_gradients()
@@ -289,15 +204,15 @@ def _accumulate(
     totals: dict[str, torch.Tensor] = {}
     prompts = [groups[g] for g in chosen]
     shared = not resident.checkpointing and prefix.worth_sharing(groups)
-    for part in in_passes(prompts, _vocabulary(resident), _by_length(prompts)):
-        batch = _collate(resident, [prompts[i] for i in part], shared)
-        hidden, logits = _forward(resident, batch)
+    for part in in_passes(prompts, vocabulary(resident), by_length(prompts)):
+        batch = collate(resident, [prompts[i] for i in part], shared)
+        hidden, logits = forward(resident, batch)
         logps = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[batch.slot, batch.token]
         texts = torch.tensor([k for i in part for k in members[chosen[i]]], device=logps.device)
         mask, old = plan.mask[texts], plan.old_logps[texts]
         new = torch.zeros_like(old).masked_scatter(mask, logps)  # row by row, as the tokens stand
         values = torch.zeros_like(old).masked_scatter(
-            mask, _values(hidden.detach(), head)[batch.slot]
+            mask, token_values(hidden.detach(), head)[batch.slot]
         )
         loss, clipped = ppo.policy_loss(new, old, plan.advantages[texts], mask, settings.clip)
         error = ppo.value_loss(
@@ -318,22 +233,6 @@ def _accumulate(
     return {name: float(value) for name, value in totals.items()}
 
 
-def _collate(
-    resident: ResidentModel, prompts: Sequence[Prompt], shared: bool
-) -> plain.Batch | prefix.PrefixBatch:
-    """Return the batch of all texts of all prompts: on shared prompts, or in rows of their own."""
-    return (prefix.collate if shared else plain.collate)(prompts, resident.device)
-
-
-def _forward(
-    resident: ResidentModel, batch: plain.Batch | prefix.PrefixBatch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return hidden states (S, H) and logits (S, V) at the scored positions."""
-    if isinstance(batch, prefix.PrefixBatch):
-        return prefix.hidden_and_logits(resident.network, batch)
-    return plain.hidden_and_logits(resident.network, batch)
-
-
 def _minibatches(
     count: int, settings: PpoConfig, seed: int, key: tuple[Key, ...]
 ) -> list[list[int]]:
@@ -348,28 +247,6 @@ def _minibatches(
     ]
 
 
-def _values(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return values (S,) of hidden states (S, H) under a head (H + 1,)."""
-    scaled = hidden.float() / math.sqrt(hidden.shape[-1])
-    return scaled @ head[:-1] + head[-1]
-
-
-def _by_prompt(
-    episodes: Episodes, used: Sequence[int] | None = None
-) -> tuple[list[Prompt], list[list[int]]]:
-    """Return the distinct prompts with their texts, and the numbers of these texts."""
-    members: dict[Ids, list[int]] = {}
-    for k in range(len(episodes.prompts)) if used is None else used:
-        members.setdefault(episodes.prompts[k], []).append(k)
-    groups = [Prompt(p, tuple(episodes.responses[k] for k in ks)) for p, ks in members.items()]
-    return groups, list(members.values())
-
-
-def _by_length(prompts: Sequence[Prompt]) -> list[int]:
-    """Return the order in which passes hold prompts of similar length."""
-    return sorted(range(len(prompts)), key=lambda k: len(prompts[k].tokens))
-
-
 def _used(episodes: Episodes, scores: np.ndarray[Any, Any]) -> list[int]:
     """Return the texts that somebody scored."""
     if scores.shape != (len(episodes.responses),):
@@ -380,15 +257,6 @@ def _used(episodes: Episodes, scores: np.ndarray[Any, Any]) -> list[int]:
     if not used:
         raise RunFailed(f"none of the {len(scores)} texts was scored by anybody.")
     return used
-
-
-def _mask(episodes: Episodes) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    lengths = np.array([len(r) for r in episodes.responses])
-    return np.arange(lengths.max()) < lengths[:, None]
-
-
-def _vocabulary(resident: ResidentModel) -> int:
-    return int(output_head(resident.network).weight.shape[0])
 
 
 __all__ = [

@@ -4,15 +4,12 @@ Both engines see the same rows in the same order and the same reference log-prob
 hard labels with one pair a prompt they take the same steps up to rounding; a test holds them
 together.  TRL has no vote shares, so labels must be hard.  A step takes ``batch_size`` *pairs*.
 
-What is done about TRL's habits, each of which changes results if left alone:
+What is done about TRL's habits, beside ``trl_session.py``; each changes results if left alone:
 
-- Given a PEFT model it copies the adapter of the moment as its reference (a reference that moves
-  every round).  Rows here carry the base's log-probabilities, and the copy is deleted.
+- Its reference would move every round.  Rows here carry the base's log-probabilities.
 - It refuses tokenised rows; the subclass skips its preparation, a private method.
-- It patches the model's ``forward`` once more with every construction; the patch is taken off.
 - A trainer used twice keeps its Adam moments; optimiser and schedule are cleared for every job.
 - A new trainer breaks older ones in the same process; one is made for each call and used up.
-- Every construction sends telemetry unless that is switched off, which is done here.
 - It hides NaN losses by default; the filter is off.
 
 ``accuracy`` here is TRL's, which counts a tie as wrong (all pairs tie at the first step), and
@@ -22,10 +19,6 @@ One process must not run this in two threads: TRL sets global random state.
 
 from __future__ import annotations
 
-import gc
-import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -36,9 +29,15 @@ import numpy as np
 from fedalign.config import LocalConfig
 from fedalign.errors import ConfigError
 from fedalign.models.base import ResidentModel
-from fedalign.models.layout import Array
 from fedalign.randomness import keyed_seed
 from fedalign.training.loop import TrainJob, TrainResult, batches, check_job
+from fedalign.training.trl_session import (
+    check_device,
+    no_telemetry,
+    prepared,
+    snapshots,
+    trl_session,
+)
 
 TRL_LOSSES = {"sigmoid": "sigmoid", "ipo": "ipo", "robust": "robust"}
 """Our names to TRL's.  TRL's ``sigmoid`` takes no label smoothing, so ``conservative`` has none."""
@@ -63,7 +62,7 @@ def train_trl(
         check_job(job, settings)
     if not jobs:
         return []
-    keeper = _snapshots(resident)
+    keeper = snapshots(resident)
     with _trainer(resident, jobs[0], settings, seed, keeper) as trainer:
         return [_train_one(trainer, resident, job, settings, seed, keeper) for job in jobs]
 
@@ -108,24 +107,15 @@ def _check(resident: ResidentModel, settings: LocalConfig) -> None:
         raise ConfigError("TRL's ipo is always length-normalised; use local.engine = 'torch'.")
     if settings.reference != "base":
         raise ConfigError("engine 'trl' needs local.reference = 'base'.")
-    if resident.device.type == "cuda" and (resident.device.index or 0) != 0:
-        raise ConfigError(
-            f"engine 'trl' uses the first visible GPU, but the model is on {resident.device}. "
-            "Set CUDA_VISIBLE_DEVICES and model.device = 'cuda'."
-        )
+    check_device(resident)
 
 
 @contextmanager
 def _trainer(
     resident: ResidentModel, job: TrainJob, settings: LocalConfig, seed: int, keeper: Any
 ) -> Iterator[Any]:
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    no_telemetry()
     import datasets
-    import huggingface_hub.constants
-    from transformers.trainer_callback import PrinterCallback
-
-    # The variable is read when the hub library is first imported, which was earlier.
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -135,8 +125,7 @@ def _trainer(
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with trl_session(resident) as folder:
         arguments = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=settings.batch_size,
@@ -164,27 +153,15 @@ def _trainer(
             logging_nan_inf_filter=False,
             disable_tqdm=True,
         )
-        try:
-            trainer = TokenisedDPOTrainer(
-                model=resident.peft,
-                args=arguments,
-                train_dataset=datasets.Dataset.from_list(rows_of(job)[:1]),
-                processing_class=resident.tokenizer,
-                callbacks=[keeper],
-            )
-            resident.peft.delete_adapter("ref")
-            resident.set_trainable()
-            trainer.remove_callback(PrinterCallback)
-            trainer.precompute_ref_logps = True
-            # Every train() collects garbage; what was imported need not be walked each time.
-            gc.freeze()
-            yield trainer
-        finally:
-            if "ref" in resident.peft.peft_config:
-                resident.peft.delete_adapter("ref")
-            vars(resident.network).pop("forward", None)
-            resident.network.train(False)
-            resident.set_trainable()
+        trainer = TokenisedDPOTrainer(
+            model=resident.peft,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows_of(job)[:1]),
+            processing_class=resident.tokenizer,
+            callbacks=[keeper],
+        )
+        trainer.precompute_ref_logps = True
+        yield prepared(trainer, resident)
 
 
 def _train_one(
@@ -235,20 +212,3 @@ def _train_one(
 def _tokens(row: dict[str, Any]) -> int:
     """Return the tokens of a pair's two sequences: TRL runs each as a row of its own."""
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-def _snapshots(resident: ResidentModel) -> Any:
-    from transformers import TrainerCallback
-
-    class Keeper(TrainerCallback):
-        """Keeps copies of the adapter after the step counts a job asks for."""
-
-        def __init__(self) -> None:
-            self.wanted: tuple[int, ...] = ()
-            self.kept: dict[int, Array] = {}
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step in self.wanted:
-                self.kept[state.global_step] = resident.read()
-
-    return Keeper()

@@ -21,11 +21,10 @@ For texts of several tokens GRPO's divergence term still looks at one token at a
 has exactly this optimum there.  ``loss_type="dr_grpo"`` divides by a constant (the longest text)
 and so favours no length.
 
-On top of what ``trl_engine`` says about TRL's habits:
+On top of what ``trl_session`` and ``trl_engine`` say about TRL's habits:
 
-- The copy of the received adapter that TRL would take as its reference is deleted; then it switches
-  the adapter off, which is the base.  Doing so makes every LoRA factor trainable again; the frozen
-  ones are frozen again after each measuring.
+- Without its copy of the received adapter TRL switches the adapter off, which is the base.  Doing
+  so makes every LoRA factor trainable again; the frozen ones are frozen again after each measuring.
 - Prompts are made by us and reach TRL as token ids, through one private method.
 - Texts that were sampled but not used up in one job would go on to the next; they are dropped.
 - The seed of sampling is global; it is set from the job's key before each job.
@@ -38,10 +37,6 @@ passes, updates).
 
 from __future__ import annotations
 
-import gc
-import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +60,13 @@ from fedalign.training.local_ppo import (
     score_texts,
 )
 from fedalign.training.loop import TrainResult
-from fedalign.training.trl_engine import _snapshots
+from fedalign.training.trl_session import (
+    check_device,
+    no_telemetry,
+    prepared,
+    snapshots,
+    trl_session,
+)
 
 NOT_FINITE = "probability tensor contains"
 """How torch says that it cannot sample; TRL does not look at its logits."""
@@ -106,7 +107,7 @@ def train_onpolicy(
     if not jobs:
         return []
     texts = _Texts()
-    keeper = _snapshots(resident)
+    keeper = snapshots(resident)
     with _trainer(resident, jobs[0], config, texts, keeper, replaced or {}) as trainer:
         return [_train_one(trainer, resident, job, config, seed, texts, keeper) for job in jobs]
 
@@ -171,11 +172,7 @@ def _check(resident: ResidentModel, config: Config) -> None:
             f"local.objective = '{objective}' keeps ppo.kl; set ppo.kl-target = 0, or use "
             "local.objective = 'ppo'."
         )
-    if resident.device.type == "cuda" and (resident.device.index or 0) != 0:
-        raise ConfigError(
-            f"engine 'trl' uses the first visible GPU, but the model is on {resident.device}. "
-            "Set CUDA_VISIBLE_DEVICES and model.device = 'cuda'."
-        )
+    check_device(resident)
 
 
 @contextmanager
@@ -187,13 +184,9 @@ def _trainer(
     keeper: Any,
     replaced: Mapping[str, Any],
 ) -> Iterator[Any]:
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    no_telemetry()
     import datasets
-    import huggingface_hub.constants
-    from transformers.trainer_callback import PrinterCallback
 
-    # The variable is read when the hub library is first imported, which was earlier.
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     if config.local.objective == "rloo":
         from trl.trainer.rloo_config import RLOOConfig as Arguments
         from trl.trainer.rloo_trainer import RLOOTrainer as Trainer
@@ -228,34 +221,16 @@ def _trainer(
         return [float(r) for r in scored.rewards]
 
     texts.items, texts.group = learnable(job, config), job.group
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(),
-        _pads_kept(resident),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            trainer = OwnPrompts(
-                model=resident.peft,
-                reward_funcs=reward,
-                args=Arguments(**(arguments(config, resident, folder) | dict(replaced))),
-                train_dataset=datasets.Dataset.from_list([{"prompt": "0"}]),
-                processing_class=resident.tokenizer,
-                callbacks=[keeper],
-            )
-            if "ref" in resident.peft.peft_config:  # not made where beta is 0
-                resident.peft.delete_adapter("ref")
-            resident.set_trainable()
-            trainer.remove_callback(PrinterCallback)
-            # Every train() collects garbage; what was imported need not be walked each time.
-            gc.freeze()
-            yield trainer
-        finally:
-            if "ref" in resident.peft.peft_config:
-                resident.peft.delete_adapter("ref")
-            vars(resident.network).pop("forward", None)
-            resident.network.train(False)
-            resident.set_trainable()
+    with trl_session(resident) as folder, _pads_kept(resident):
+        trainer = OwnPrompts(
+            model=resident.peft,
+            reward_funcs=reward,
+            args=Arguments(**(arguments(config, resident, folder) | dict(replaced))),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "0"}]),
+            processing_class=resident.tokenizer,
+            callbacks=[keeper],
+        )
+        yield prepared(trainer, resident)
 
 
 @contextmanager

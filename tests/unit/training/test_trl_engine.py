@@ -15,7 +15,8 @@ from fedalign.training.batch import collate, completion_logps
 from fedalign.training.dpo import differences, pair_losses
 from fedalign.training.loop import TrainJob, train
 from fedalign.training.reference import reference_logps
-from fedalign.training.trl_engine import _snapshots, _trainer, rows_of, train_trl
+from fedalign.training.trl_engine import _trainer, rows_of, train_trl
+from fedalign.training.trl_session import snapshots
 
 SETTINGS = LocalConfig(reference="base", labels="hard", engine="trl", batch_size=4)
 
@@ -29,7 +30,7 @@ def make_job(model: ResidentModel, tiny, client: str = "c", **changes) -> TrainJ
 
 def trl_loss(model: ResidentModel, job: TrainJob, settings: LocalConfig) -> tuple[float, dict]:
     """Return TRL's loss and logged log-probabilities on all rows of a job, without a step."""
-    with _trainer(model, job, settings, 0, _snapshots(model)) as trainer:
+    with _trainer(model, job, settings, 0, snapshots(model)) as trainer:
         model.load(job.adapter)
         inputs = trainer.data_collator(rows_of(job))
         with torch.no_grad():
@@ -63,7 +64,7 @@ def test_same_log_probability_of_every_sequence(resident, tiny) -> None:
     resident.load(job.adapter)
     with torch.no_grad():
         ours = completion_logps(resident.network, collate(job.data.prompts))
-    with _trainer(resident, job, SETTINGS, 0, _snapshots(resident)) as trainer:
+    with _trainer(resident, job, SETTINGS, 0, snapshots(resident)) as trainer:
         resident.load(job.adapter)
         inputs = trainer.data_collator(rows_of(job))
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
