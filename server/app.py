@@ -7,6 +7,7 @@ command builds the app itself, from the configuration handed to :func:`make_app`
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from fedalign.config import Config, from_flat
 from fedalign.errors import RunFailed
 from fedalign.packages import check_installed_version
 from fedalign.runfolder import prepare
+from server.places import located
 from server.progress import LogProgress, Progress
 from server.run import Outcome, execute
 
@@ -36,8 +38,10 @@ def make_app(
         check_installed_version()
         if config is None:
             _log_to_stream()
-        settings = config or prepare(from_flat(context.run_config))
-        outcome = execute(grid, settings, progress or LogProgress())
+        settings = config or prepare(from_flat(located(context.run_config, os.environ)))
+        # A deployed grid is asked over HTTP, and rounds there take seconds.
+        poll = 0.5 if settings.deployment.registry else 0.05
+        outcome = execute(grid, settings, progress or LogProgress(), poll)
         if done is not None:
             done(outcome)
         log.info("report: %s", outcome.report)

@@ -41,7 +41,10 @@ class LogProgress:
     def round(
         self, round_: int, rounds: int, scores: Mapping[str, float], weights: Mapping[str, float]
     ) -> None:
-        """Log the worst-served group of the round."""
+        """Log the worst-served group of the round, of those that give a score."""
+        if not scores:
+            log.info("round %d/%d: every site withholds its score", round_, rounds)
+            return
         worst = min(scores, key=lambda g: scores[g])
         log.info(
             "round %d/%d: worst '%s' %.4f, its weight %.3f",

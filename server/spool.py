@@ -26,13 +26,19 @@ class Spool:
         folder.mkdir(parents=True)
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._written = 0
 
     def write(self, client: str, update: wire.F32) -> str:
         """Store one update (P,) float32; return the SHA-256 of its bytes."""
-        path = self.folder / f"{len(self._files):06d}.safetensors"
+        path = self.folder / f"{self._written:06d}.safetensors"
         save_file({"update": np.ascontiguousarray(update)}, path)
         self._files[client] = path
+        self._written += 1
         return hashlib.sha256(update.tobytes()).hexdigest()
+
+    def drop(self, client: str) -> None:
+        """Remove one client's update; it will not be read."""
+        self._files.pop(client).unlink()
 
     def read(self) -> Iterator[tuple[str, wire.F32]]:
         """Yield (client, update) in sorted client order, one in memory at a time."""

@@ -57,6 +57,19 @@ def test_cache_is_used_when_the_bundle_has_no_weights(cache: Path) -> None:
     assert packaged.pocket_folder() == cache
 
 
+def test_shipped_pocket_is_kept_in_the_cache_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packaged.keep_in_cache()
+    kept = packaged.cache_folder()
+    assert packaged.weights_sha256(kept) == packaged.WEIGHTS_SHA256
+    before = (kept / "model.safetensors").stat().st_ino
+    packaged.keep_in_cache()
+    assert (kept / "model.safetensors").stat().st_ino == before
+    assert [p.name for p in kept.parent.iterdir() if "copying" in p.name] == []
+
+
 def test_cache_ignores_a_relative_xdg_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert packaged.cache_folder().parent == Path.home() / ".cache" / "fedalign"
