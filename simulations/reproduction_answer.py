@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from simulations.reproduce_arms import CONTROLS
 from simulations.reproduction_claims import POPULATIONS
 from simulations.reproduction_values import (
+    BASE,
     ArmResult,
     Difference,
     Explained,
@@ -18,6 +19,7 @@ from simulations.reproduction_values import (
     Study,
     difference,
     explained,
+    with_base,
 )
 from simulations.reproduction_words import (
     NOTHING,
@@ -31,6 +33,11 @@ from simulations.reproduction_words import (
 
 ALONE, PUBLISHED, PLAIN = "reweighted", "literal", "mean"
 MATCHED = "kl-matched"
+MATCHED_RULES = {
+    ALONE: "weights alone",
+    PUBLISHED: "the published rule",
+    "mean-over-n": "its scale alone",
+}
 KL_NEAR = 0.05
 """Nats a text; arms of part ``kl-matched`` nearer to each other than this count as matched."""
 
@@ -46,6 +53,7 @@ def answer(study: Study) -> list[str]:
         f"- **Does it help the worst-served group?** {_helps(study, keys)}",
         *(f"- **By how much?** {line}" for line in _how_much(study, keys)),
         *(f"- **At equal KL?** {line}" for line in _matched(study)),
+        *(f"- **Is it better than not training?** {line}" for line in _untrained(study, keys)),
         "- **How much of the published rule's gain do its controls explain?** "
         f"{_explained(study, keys)}",
         "",
@@ -93,17 +101,44 @@ def _how_much(study: Study, keys: Sequence[Key]) -> list[str]:
 
 
 def _matched(study: Study) -> list[str]:
+    """Say what is left of the differences when a controller holds every arm at one KL."""
     parts = []
     for key, arms in study.items():
-        if key[0] != MATCHED or not {ALONE, PLAIN} <= arms.keys():
+        if key[0] != MATCHED or PLAIN not in arms:
             continue
-        worst, kl = (difference(key, arms, ALONE, PLAIN, m) for m in ("worst", "kl"))
-        if not kl.points:
-            continue
-        apart = sum(kl.points) / len(kl.points)
-        near = "" if abs(apart) <= KL_NEAR else f", with KL still {apart:+.3f} nats apart"
-        parts.append(f"{where(key)}: worst group {text(worst)}{near}")
-    return [f"{_upper('; '.join(parts))}."] if parts else []
+        said = []
+        for rule, name in MATCHED_RULES.items():
+            if rule not in arms:
+                continue
+            worst, average, kl = (
+                difference(key, arms, rule, PLAIN, m) for m in ("worst", "average", "kl")
+            )
+            if not kl.points:
+                continue
+            apart = sum(kl.points) / len(kl.points)
+            near = "" if abs(apart) <= KL_NEAR else f" (KL still {apart:+.3f} nats apart)"
+            said.append(f"{name} worst group {text(worst)}, average {text(average)}{near}")
+        if said:
+            parts.append(_upper(f"{where(key)}: {'; '.join(said)}"))
+    return [f"{'. '.join(parts)}."] if parts else []
+
+
+def _untrained(study: Study, keys: Sequence[Key]) -> list[str]:
+    """Hold the rules against the untouched base: a rule that moves less may only harm less."""
+    parts = []
+    for key in keys:
+        arms = with_base(study[key])
+        said = [
+            f"{name} worst group {text(worst)}, average {text(average)}"
+            for rule, name in {PLAIN: "the mean", **MATCHED_RULES}.items()
+            if rule in (PLAIN, ALONE, PUBLISHED) and rule in arms
+            for worst, average in [
+                (difference(key, arms, rule, BASE, m) for m in ("worst", "average"))
+            ]
+        ]
+        if said:
+            parts.append(_upper(f"{where(key)}: {'; '.join(said)}"))
+    return [f"{'. '.join(parts)}."] if parts else []
 
 
 def _explained(study: Study, keys: Sequence[Key]) -> str:

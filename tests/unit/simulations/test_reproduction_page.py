@@ -46,6 +46,9 @@ def test_verdicts_flip_with_the_numbers(tmp_path: Path, fake: SimpleNamespace) -
     words = " ".join(plain_words(helps, judge(helps)))
     assert "measurably better in 1 of 1 cases (letters)" in " ".join(answer(helps))
     assert "These runs demonstrate a mechanism" in words
+    assert "better than not training?** Letters: the mean worst group +0." in " ".join(
+        answer(helps)
+    )
 
     artefact = load(fake.made(tmp_path / "b", fake.world(fake.artefact)))
     assert [outcomes(artefact)[c] for c in (WORST, SCALE, ALONE)] == [HOLDS, FAILS, FAILS]
@@ -242,6 +245,20 @@ def test_arms_with_many_refusals_are_named(tmp_path: Path, fake: SimpleNamespace
     said = " ".join(trust(load(runs)))
     assert "Yes, in 1 arm 10% or more" in said
     assert "The rules, letter, min: 75% refused." in said
+
+
+def test_the_answer_says_what_is_left_at_equal_kl(tmp_path: Path, fake: SimpleNamespace) -> None:
+    runs = fake.made(tmp_path, fake.world(fake.helps), parts=("core", "kl-matched"), seeds=3)
+    for run in runs:
+        if run.part == "kl-matched" and run.arm == "literal":
+            fake.write_run(run, fake.world(fake.helps), kl=0.3)
+    said = " ".join(answer(load(runs)))
+    assert "At equal KL?** Letters: weights alone worst group +0.0" in said
+    assert "the published rule worst group +0.0" in said
+    assert "its scale alone worst group" in said
+    assert said.count("(KL still +0.") == 1
+    alone = answer(load(fake.made(tmp_path / "core", fake.world(fake.helps), seeds=3)))
+    assert "At equal KL" not in " ".join(alone)
 
 
 def test_an_undefined_fairness_index_is_named_with_its_reason(
