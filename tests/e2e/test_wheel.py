@@ -63,9 +63,21 @@ def test_wheel_holds_the_four_packages_and_their_data(wheel: Path, root: Path) -
     expected |= {
         str(path.relative_to(root)) for path in (root / "simulations/scenarios").glob("*.toml")
     }
+    expected |= {str(path.relative_to(root)) for path in (root / "server/deploy").iterdir()}
+    enrollment = root / "fedalign/enrollment"
+    expected |= {
+        str(path.relative_to(root))
+        for end in ("proto", "pyi")
+        for path in enrollment.glob(f"*.{end}")
+    }
     assert {n for n in names if not n.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
-    assert "fedalign = simulations.cli:main" in entry_points
+    for command, room in (
+        ("fedalign", "simulations"),
+        ("fedalign-server", "server"),
+        ("fedalign-client", "clients"),
+    ):
+        assert f"{command} = {room}.cli:main" in entry_points
     assert wheel.stat().st_size < MAX_BYTES
 
 
