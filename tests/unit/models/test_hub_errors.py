@@ -54,7 +54,7 @@ def a_model(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["./my-model", "../work/my-model", "."])
+@pytest.mark.parametrize("name", ["./my-model", "../models/my-model", "."])
 def test_a_relative_folder_is_found_from_the_working_directory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
