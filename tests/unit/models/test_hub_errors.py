@@ -54,11 +54,11 @@ def a_model(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["./my-model", "../models/my-model", "."])
+@pytest.mark.parametrize("name", ["./my-model", "../place/my-model", "."])
 def test_a_relative_folder_is_found_from_the_working_directory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = a_model(tmp_path / "work" / "my-model")
+    folder = a_model(tmp_path / "place" / "my-model")
     monkeypatch.chdir(folder if name == "." else folder.parent)
     assert model_folder(ModelConfig(name=name)) == folder.resolve()
 
@@ -66,7 +66,7 @@ def test_a_relative_folder_is_found_from_the_working_directory(
 def test_a_relative_folder_that_is_elsewhere_is_named_with_where_it_was_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_model(tmp_path / "work" / "my-model")
+    a_model(tmp_path / "place" / "my-model")
     asked = refuse(monkeypatch, LocalEntryNotFoundError("no network"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"there is no such folder \(looked for from .*absolute"):
