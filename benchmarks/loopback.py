@@ -27,8 +27,11 @@ READY_SECONDS = 300.0
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive free ports."""
-    for base in range(20000 + os.getpid() % 8000, 60000, count):
+    """Return the first of ``count`` consecutive free ports.
+
+    Two processes that ask at the same time look at different ones first: nothing is bound yet.
+    """
+    for base in range(20000 + os.getpid() % 3000 * count, 60000, count):
         try:
             for port in range(base, base + count):
                 with socket.socket() as probe:
@@ -76,10 +79,19 @@ def site_rows(sites: Mapping[str, str]) -> dict[str, list[dict[str, object]]]:
 class Federation:
     """Processes of one coordinator and its sites; stops them all when left."""
 
-    def __init__(self, folder: Path, sites: Mapping[str, str] = SITES) -> None:
-        """Prepare data and coordinator in ``folder``; nothing runs yet."""
+    def __init__(
+        self,
+        folder: Path,
+        sites: Mapping[str, str] = SITES,
+        policies: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """Prepare data and coordinator in ``folder``; nothing runs yet.
+
+        ``policies`` names, by site, lines of the policy template and what stands there instead.
+        """
         self.folder = folder
         self.sites = dict(sites)
+        self.policies = {site: dict(lines) for site, lines in (policies or {}).items()}
         self.state = folder / "coordinator"
         self.merged = folder / "merged.jsonl"
         self.coordinator: subprocess.Popen[bytes] | None = None
@@ -159,12 +171,18 @@ class Federation:
         with (home / "trainer" / "trainer.toml").open("a") as f:
             f.write(f'\n[data]\nsource = "survey"\npath = "{self.folder / site}.jsonl"\n')
         (self.folder / f"{site}.jsonl").chmod(0o600)
+        self._change_policy(home / "trainer" / "policy.toml", self.policies.get(site, {}))
 
-    def start_site(self, site: str, *options: str) -> None:
-        """Start a site's trainer and node, and wait until the coordinator sees it."""
-        home = self.home(site)
+    def launch_site(self, site: str, *options: str, **environment: str) -> Path:
+        """Start a site's trainer and node; return the file that takes what the command prints."""
         out = self.folder / f"{site}.txt"
-        self.running[site] = self.spawn(out, "clients.cli", "start", "--home", str(home), *options)
+        words = ("start", "--home", str(self.home(site)), *options)
+        self.running[site] = self.spawn(out, "clients.cli", *words, **environment)
+        return out
+
+    def start_site(self, site: str, *options: str, **environment: str) -> None:
+        """Start a site's trainer and node, and wait until the coordinator sees it."""
+        out = self.launch_site(site, *options, **environment)
         wait(lambda: self.online(site) or self._gone(self.running[site]), f"site {site}")
         if self._gone(self.running[site]):
             raise RuntimeError(out.read_text())
@@ -176,6 +194,12 @@ class Federation:
 
         nodes = connect(load(self.state)).nodes()
         return any(n.name.startswith(f"{site}@") and n.status == "online" for n in nodes)
+
+    def stop_site(self, site: str) -> None:
+        """Stop a site as its operator does."""
+        process = self.running.pop(site)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
 
     def kill_site(self, site: str) -> None:
         """Kill a site's processes at once, as a power cut would."""
@@ -205,12 +229,14 @@ class Federation:
             raise RuntimeError(f"{words}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def spawn(self, out: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
-        """Start a command, its output in a file."""
+    def spawn(
+        self, out: Path, module: str, *words: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a command, its output in a file; ``environment`` comes on top of ours."""
         with out.open("ab") as f:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *words],
-                env=self._environment(),
+                env={**self._environment(), **environment},
                 stdout=f,
                 stderr=subprocess.STDOUT,
             )
@@ -228,6 +254,15 @@ class Federation:
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)
                 process.wait(10)
+
+    @staticmethod
+    def _change_policy(path: Path, changes: Mapping[str, str]) -> None:
+        lines = path.read_text().splitlines()
+        for old, new in changes.items():
+            if lines.count(old) != 1:
+                raise ValueError(f"{path}: the line {old!r} is there {lines.count(old)} times")
+            lines[lines.index(old)] = new
+        path.write_text("\n".join(lines) + "\n")
 
     @staticmethod
     def _gone(process: subprocess.Popen[bytes] | None) -> bool:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from fedalign.config import Config, Scalar, from_flat, load_toml, parse_override, to_flat
 from fedalign.errors import ConfigError, ResumeError
-from fedalign.ledger import Ledger
+from fedalign.ledger import Ledger, is_blank
 from fedalign.models.packaged import keep_in_cache
 from fedalign.runfolder import LEDGER
 from server.bundle import check_bundle, make_app_folder
 from server.coordinator import Coordinator, write_private
-from server.places import shorten
+from server.places import keep_files, shorten
+from server.questions import read_prompts
 from server.superlink_admin import (
     CONNECTION,
     AdminRefused,
@@ -72,7 +73,8 @@ def packaged_scenarios() -> dict[str, Path]:
 def new_run(coordinator: Coordinator, flat: Mapping[str, Scalar], name: str) -> Config:
     """Return the configuration of a new run NAME in this coordinator.
 
-    Raises ``ResumeError`` where a run of this name began already.
+    Raises ``ResumeError`` where a run of this name began already, ``DataError`` for questions that
+    cannot be read.
     """
     if stored_config(coordinator.runs / name) is not None:
         raise ResumeError(
@@ -80,7 +82,21 @@ def new_run(coordinator: Coordinator, flat: Mapping[str, Scalar], name: str) -> 
             "choose another --name."
         )
     fixed = _places(coordinator, name) | {"run.name": name, "run.resume": False}
-    return from_flat({**flat, **fixed})
+    config = from_flat({**flat, **fixed})
+    _check_prompts(config)
+    return config
+
+
+def _check_prompts(config: Config) -> None:
+    """Refuse, before anything is sent, a reward federation that has nothing to ask."""
+    if config.rewards.prompts:
+        read_prompts(Path(config.rewards.prompts))
+    elif config.run.mode == "rewards" and not config.data.path:
+        raise ConfigError(
+            "run.mode = 'rewards' needs questions to write answers to, and the coordinator holds "
+            "no site's data. Give rewards.prompts: the absolute path of a file of JSON lines with "
+            '"question" and "options", the same questions that sites hold.'
+        )
 
 
 def old_run(coordinator: Coordinator, name: str, overrides: Sequence[str]) -> Config:
@@ -108,7 +124,7 @@ def _places(coordinator: Coordinator, name: str) -> dict[str, Scalar]:
 
 def stored_config(folder: Path) -> dict[str, Scalar] | None:
     """Return the flat configuration that a run folder's ledger holds; None before it began."""
-    if not (folder / LEDGER).is_file():
+    if not (folder / LEDGER).is_file() or is_blank(folder / LEDGER):
         return None
     with Ledger(folder / LEDGER, readonly=True) as ledger:
         found = ledger.run().get("config")
@@ -133,7 +149,9 @@ def submit(coordinator: Coordinator, admin: RunAdmin, config: Config, name: str)
     if config.model.name == "pocket":
         keep_in_cache()  # a bundle holds code only, and making the pocket again takes a minute
     environment = flower_environment(coordinator)
-    app = make_app_folder(coordinator.apps / name, shorten(to_flat(config), coordinator.state))
+    flat = to_flat(config)
+    keep_files(flat, coordinator.state, name)
+    app = make_app_folder(coordinator.apps / name, shorten(flat, coordinator.state))
     digest = _built_digest(app, environment)
     answer = flwr(environment, "run", str(app), CONNECTION, "--format", "json")
     if not answer.get("success"):

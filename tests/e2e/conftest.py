@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,3 +47,39 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def loopback(root: Path) -> ModuleType:
+    """Return ``benchmarks/loopback.py``: real processes of a coordinator and its sites."""
+    return _module(root / "benchmarks" / "loopback.py")
+
+
+@pytest.fixture(scope="session")
+def deployed() -> ModuleType:
+    """Return ``deployed.py``: what tests of a deployment compare and wait for."""
+    return _module(Path(__file__).with_name("deployed.py"))
+
+
+@pytest.fixture(scope="module")
+def federation(loopback: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Start a coordinator and three sites for the tests of a file."""
+    with loopback.Federation(tmp_path_factory.mktemp("federation")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(federation: Any, deployed: ModuleType) -> Path:
+    """Return the folder of a run that nothing disturbed."""
+    done = federation.run("plain", *deployed.SETTINGS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(federation.result("plain"))

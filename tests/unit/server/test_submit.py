@@ -13,7 +13,7 @@ import pytest
 
 from fedalign.compat import RunState
 from fedalign.config import Config, flatten, from_flat, to_flat
-from fedalign.errors import ConfigError, ResumeError, RunFailed
+from fedalign.errors import ConfigError, DataError, ResumeError, RunFailed
 from fedalign.ledger import Ledger, ScoreRow
 from fedalign.runfolder import LEDGER
 from server import follow as following
@@ -118,6 +118,37 @@ def test_a_new_run_gets_its_places(coordinator: Coordinator) -> None:
     assert config.deployment.registry == str(coordinator.registry)
     assert config.deployment.audit == str(coordinator.audit)
     assert config.deployment.min_sites == 2
+
+
+def test_a_reward_federation_needs_questions(coordinator: Coordinator, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rewards\.prompts"):
+        new_run(coordinator, settings("rewards", []), "first")
+    asked = tmp_path / "questions.jsonl"
+    flat = settings("rewards", [f"rewards.prompts={asked}"])
+    with pytest.raises(DataError, match=r"questions\.jsonl"):
+        new_run(coordinator, flat, "first")
+    asked.write_text('{"question": "Tea?", "options": ["yes", "no"]}\n')
+    assert new_run(coordinator, flat, "first").rewards.prompts == str(asked)
+
+
+def test_no_path_of_a_file_is_in_the_bundle(
+    coordinator: Coordinator, flower: Callable[..., list[tuple[str, ...]]], tmp_path: Path
+) -> None:
+    flower()
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text('{"question": "Tea?", "options": ["yes", "no"]}\n')
+    data = ("data.source=survey", f"data.path={tmp_path / 'survey.jsonl'}")
+    flat = settings("rewards", [f"rewards.prompts={asked}", *data])
+    config = new_run(coordinator, flat, "first")
+    submit(coordinator, Admin("pending"), config, "first")
+    project = (coordinator.apps / "first" / "pyproject.toml").read_text()
+    assert str(tmp_path) not in project
+    run_config = flatten(tomllib.loads(project)["tool"]["flwr"]["app"]["config"])
+    here = {STATE: str(coordinator.state)}
+    assert from_flat(located(run_config, here)) == config
+    (coordinator.apps / "first.files.json").unlink()
+    with pytest.raises(ConfigError, match="Submit the run again"):
+        located(run_config, here)
 
 
 def test_a_run_that_began_is_resumed_and_not_begun_again(coordinator: Coordinator) -> None:
