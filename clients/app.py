@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -95,8 +96,7 @@ def forward(kind: str, content: RecordDict, path: str, site: str) -> RecordDict:
         log.warning("%s: the message cannot be read here; the trainer will say so", kind)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(CONNECT)
-            connection.connect(path)
+            _connect(connection, path)
             line = Line(connection, seconds)
             write_frame(line.write, kind, content)
             line.finish()
@@ -104,3 +104,16 @@ def forward(kind: str, content: RecordDict, path: str, site: str) -> RecordDict:
     except (OSError, WireError) as error:
         log.error("%s: no answer from the resident trainer at %s: %s", kind, path, error)
     return wire.encode_failure(clients, wire.INTERNAL_ERROR)
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Reach the trainer; where its queue is full, Linux says so at once instead of waiting."""
+    connection.settimeout(CONNECT)
+    end = time.monotonic() + CONNECT
+    while True:
+        try:
+            return connection.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)

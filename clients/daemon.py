@@ -7,7 +7,8 @@ answered with a status code and written to the site's audit log (``trainer/audit
 to this process's own log.
 
 Who may ask: processes of the node's user, as the kernel says (``SO_PEERCRED``).  What may be asked:
-the message kinds of ``fedalign.wire``, one frame each (``frames.py``), within two minutes.
+the message kinds of ``fedalign.wire``, one frame each (``frames.py``), within two minutes.  Of what
+is refused, so many lines a minute are written and the others counted (``quiet.py``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from clients.enrolled import EnrolledSite
 from clients.frames import MAX_BODY, REPLY, REQUESTS, expect_end, read_frame, write_frame
 from clients.lines import Line
 from clients.policy_toml import load_policy
+from clients.quiet import Quiet, QuietLog
 from clients.separation import account, problems
 from clients.site import Home, load_data, load_settings
 from fedalign import wire
@@ -56,6 +58,7 @@ class Trainer:
         self._site = site
         self._audit = audit
         self._allowed = allowed
+        self._quiet = Quiet()
 
     def run(self) -> NoReturn:
         """Answer one connection after another; only a signal ends this."""
@@ -71,7 +74,7 @@ class Trainer:
         uid = peer_uid(connection)
         if uid not in self._allowed:
             log.error("refused a process of uid %s", uid)
-            self._audit.append("peer-refused", uid=uid)
+            self._refused("peer-refused", uid=uid)
             return
         line = Line(connection, READ_SECONDS)
         try:
@@ -80,7 +83,7 @@ class Trainer:
         except (WireError, OSError) as error:
             reason = error.reason if isinstance(error, WireError) else "not-in-time"
             log.error("refused a frame: %s", error)
-            self._audit.append("frame-refused", reason=reason)
+            self._refused("frame-refused", reason=reason)
             reply = wire.encode_failure((), wire.BAD_REQUEST)
         else:
             reply = self._work(kind, content)
@@ -90,7 +93,13 @@ class Trainer:
             write_frame(answer.write, REPLY, reply)
         except (OSError, WireError) as error:
             log.error("the answer was not taken: %s", error)
-            self._audit.append("answer-lost", reason=type(error).__name__)
+            self._refused("answer-lost", reason=type(error).__name__)
+
+    def _refused(self, event: str, **facts: str | int | float) -> None:
+        """Write down what was not done, and how many such lines were left out before."""
+        before = self._quiet.take()
+        if before is not None:
+            self._audit.append(event, **facts, **({"left-out": before} if before else {}))
 
     def _work(self, kind: str, content: RecordDict) -> RecordDict:
         """Do a job; its line in the audit log is written before the answer leaves."""
@@ -100,7 +109,8 @@ class Trainer:
             code = status_of(reply)
             event = "refused" if code in wire.POLICY_CODES else "job"
             seconds = round(time.monotonic() - began, 3)
-            self._audit.append(event, kind=kind, **self._site.last, code=code, seconds=seconds)
+            write = self._audit.append if code == wire.STATUS[wire.OK] else self._refused
+            write(event, kind=kind, **self._site.last, code=code, seconds=seconds)
         except Exception:
             log.exception(
                 "%s: nothing is answered that could not be counted and written down", kind
@@ -223,6 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--advisory", action="store_true")
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(QuietLog(Quiet()))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:

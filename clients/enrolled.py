@@ -104,13 +104,16 @@ class EnrolledSite(SiteContext):
         config = self._local(request.config_json)
         self.last["run"] = config_hash(config)[:16]
         spent = self._budget.spent(self._clock())
-        examples = len(self._own(config).train)
-        status = judge(self.policy, config, kind, spent, examples)
+        least = self.policy.training.min_examples
+        status = judge(self.policy, config, kind, spent, least)
         if status is None and kind == wire.PERSONAL and not 0 <= request.round <= config.run.rounds:
             status = wire.REFUSED_SETTINGS
         if status is not None:
             raise Refused(status)
         self._start(kind, spent.seconds)
+        # Reading the data under another split is work: without end, if it were not counted.
+        if len(self._own(config).train) < least:
+            raise Refused(wire.TOO_FEW_EXAMPLES)
         self._config = stricter(self.policy, config)
         return self._config
 

@@ -48,7 +48,8 @@ MAX_HEADER = 1 << 20
 MAX_BODY = 1 << 30
 """Default limit of a body: an adapter of 268 million float32 entries."""
 MAX_VALUES = 64 << 20
-"""Most bytes of JSON in a config or metrics record."""
+"""Most bytes of JSON in the config and metrics records of a frame together: once read, JSON takes
+up to ten times its bytes."""
 MAX_NAME = 200
 CHUNK = 1 << 20
 
@@ -61,6 +62,7 @@ def write_frame(write: Write, kind: str, content: RecordDict) -> None:
     """Write one frame.  Raises ``WireError`` for a content that no reader would take."""
     records: list[dict[str, Any]] = []
     parts: list[bytes] = []
+    values_size = 0
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
             arrays = []
@@ -79,8 +81,9 @@ def write_frame(write: Write, kind: str, content: RecordDict) -> None:
         else:
             values = {key: _to_json(value) for key, value in record.items()}
             part = json.dumps(values).encode()
-            if len(part) > MAX_VALUES:
-                raise WireError("frame-too-large", "values of a record")
+            values_size += len(part)
+            if values_size > MAX_VALUES:
+                raise WireError("frame-too-large", "values of all records")
             type_ = "config" if isinstance(record, ConfigRecord) else "metrics"
             records.append({"type": type_, "name": name, "bytes": len(part)})
             parts.append(part)
@@ -112,6 +115,9 @@ def read_frame(read: Read, kinds: Collection[str], limit: int = MAX_BODY) -> tup
         raise WireError("bad-frame", "a record twice")
     if sum(size for _, _, parts in plan for _, size in parts) != body_size:
         raise WireError("bad-frame", "parts and body differ in length")
+    values = [size for make, _, parts in plan for _, size in parts if make is not _make_arrays]
+    if sum(values) > MAX_VALUES:
+        raise WireError("frame-too-large", "values of all records")
     content = RecordDict()
     for make, name, parts in plan:
         filled = [(facts, _exactly(read, size)) for facts, size in parts]

@@ -10,7 +10,8 @@ again in the same way, but one that ends at once with an error of settings or da
 the message in its log is for a person.
 
 Children have process groups of their own.  They are asked to stop (SIGTERM), and after 20 s made
-to; if this process is killed, the kernel sends them SIGTERM.
+to; what they leave behind is killed (``strays.py``).  If this process is killed, the kernel sends
+them SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -30,8 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from clients.node_log import why
 from clients.separation import Account, account, problems
 from clients.site import Home, load_settings, node_settings
+from clients.strays import adopt, children, end_strays
 from fedalign.errors import ConfigError, FedalignError
 
 BACK_OFF = 15.0
@@ -130,16 +134,31 @@ def prepare(home: Home, trainer: Account | None, node: Account | None) -> None:
 
 
 def _give(folder: Path, user: Account) -> None:
-    """Give a folder and what is in it to a user, without following links out of it."""
+    """Give a folder and what is in it to a user, without following links out of it.
+
+    Whoever owns it now may be changing it meanwhile, so every file is held open while it is looked
+    at and given away, and folders are gone through by descriptor, never by path.
+    """
     os.chown(folder, user.uid, user.gid, follow_symlinks=False)
     folder.chmod(0o700)
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files, place in os.fwalk(folder):
         for name in (*folders, *files):
-            path = os.path.join(parent, name)
-            state = os.lstat(path)
-            if state.st_nlink > 1 and name in files:
-                raise ConfigError(f"{path}: has a second name elsewhere; remove one of the two.")
-            os.chown(path, user.uid, user.gid, follow_symlinks=False)
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                descriptor = os.open(name, flags, dir_fd=place)
+            except FileNotFoundError:
+                continue
+            try:
+                state = os.fstat(descriptor)
+                if state.st_nlink > 1 and not stat.S_ISDIR(state.st_mode):
+                    raise ConfigError(
+                        f"{os.path.join(parent, name)}: has a second name elsewhere; remove one of "
+                        "the two."
+                    )
+                if not stat.S_ISLNK(state.st_mode):
+                    os.chown(f"/proc/self/fd/{descriptor}", user.uid, user.gid)
+            finally:
+                os.close(descriptor)
 
 
 class Supervisor:
@@ -155,7 +174,10 @@ class Supervisor:
         self._back_off = back_off
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._again: dict[str, float] = {}
+        self._from: dict[str, int] = {}
+        """Where in its log a part's last start begins."""
         self._stopping = False
+        self._others: set[int] = set()
 
     def run(self) -> None:
         """Start every part and keep it running; returns after SIGTERM or SIGINT.
@@ -164,6 +186,8 @@ class Supervisor:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        self._others = set(children())
+        adopt()
         try:
             for part in self._parts:
                 self._start(part)
@@ -189,6 +213,7 @@ class Supervisor:
                 "extra_groups": part.user.groups,
             }
         with _log(self._logs, part.name) as log:
+            self._from[part.name] = log.tell() if log is not None else 0
             self._running[part.name] = subprocess.Popen(
                 part.command,
                 stdin=subprocess.DEVNULL,
@@ -211,9 +236,14 @@ class Supervisor:
                 return
             del self._running[part.name]
             _end_group(child, signal.SIGKILL)  # whatever it started and left behind
+            self._end_strays([part])
             if code in part.fatal_codes:
                 raise self._failed(part, code)
             print(f"{part.name} ended (code {code}); again in {self._back_off:g} s", flush=True)
+            if self._logs is not None:
+                print(
+                    f"  {why(self._logs / f'{part.name}.log', self._from[part.name])}", flush=True
+                )
             self._again[part.name] = time.monotonic() + self._back_off
             self._note()
         elif time.monotonic() >= self._again.get(part.name, 0.0):
@@ -243,6 +273,14 @@ class Supervisor:
         temporary.write_text(json.dumps(state))
         temporary.replace(self._logs / STATE)
 
+    def _end_strays(self, parts: Sequence[Part]) -> None:
+        """End what parts left behind outside of their process groups."""
+        users = {os.geteuid() if part.user is None else part.user.uid for part in parts}
+        known = self._others | {child.pid for child in self._running.values()}
+        count = end_strays(known, users)
+        if count:
+            print(f"ended {count} processes that were left behind", flush=True)
+
     def _stop(self, _: int, __: object) -> None:
         self._stopping = True
 
@@ -256,6 +294,9 @@ class Supervisor:
         for child in self._running.values():
             _end_group(child, signal.SIGKILL)
             child.wait()
+        self._running.clear()
+        self._end_strays(self._parts)
+        adopt(False)
         if self._logs is not None:
             (self._logs / STATE).unlink(missing_ok=True)
 

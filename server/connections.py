@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+from h11 import LocalProtocolError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 1024
@@ -38,6 +40,8 @@ class GuardedProtocol(H11Protocol):
     """HTTP/1.1 over one connection, within the limits above."""
 
     of_peer: ClassVar[Counter[str]] = Counter()
+    refused: ClassVar[Callable[[str, str], object] | None] = None
+    """Told peer and reason of what is refused here: ``connections``, ``not-http``."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, or close it when there are too many."""
@@ -47,6 +51,7 @@ class GuardedProtocol(H11Protocol):
         self._last_cycle: Any = None
         self.of_peer[self._peer] += 1
         if self.of_peer[self._peer] > MAX_OF_PEER or len(self.connections) > MAX_CONNECTIONS:
+            self._tell("connections")
             transport.abort()
             return
         self._look = self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
@@ -59,6 +64,19 @@ class GuardedProtocol(H11Protocol):
         if self.of_peer[self._peer] <= 0:
             del self.of_peer[self._peer]
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, if an answer is still possible, and close."""
+        self._tell("not-http")
+        try:
+            super().send_400_response(msg)
+        except LocalProtocolError:  # in the midst of another answer
+            self.transport.abort()
+
+    def _tell(self, reason: str) -> None:
+        told = type(self).refused
+        if told is not None:
+            told(self._peer, reason)
 
     def _close_if_silent(self) -> None:
         cycle = self.cycle

@@ -54,6 +54,7 @@ async def serve(coordinator: Coordinator) -> None:
             lambda key: _status(registry, key),
             audit,
         )
+        GuardedProtocol.refused = gateway.note
         servers = [_gateway_server(gateway, coordinator), _status_server(coordinator, admin)]
         joining = serve_enrollment(
             registry,
@@ -152,6 +153,8 @@ def main() -> None:
     """Entry point of the child process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # It warns of every line that is not HTTP: a stranger could fill the disk.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     try:
         asyncio.run(serve(load(Path(sys.argv[1]))))
     except FedalignError as error:

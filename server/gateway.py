@@ -10,9 +10,11 @@ gateway: connections in all and of a peer  503, connection closed (``server/conn
 gateway: rate of a peer                    503 with Retry-After
 gateway: path and method                   404, 405
 gateway: size of the headers               431
+gateway: one way of saying a body's length 400 ``two-lengths``
 gateway: one identity header of each kind  401 ``no-key``
 gateway: registry says the key is active   401 ``unknown-key``, ``revoked-key``, ...
-gateway: signature of the time, time fresh 401 ``bad-proof``
+gateway: signature of the time             401 ``bad-proof``
+gateway: the time is fresh                 401 ``clock-ahead``, ``clock-behind``
 gateway: size of the body, told or counted 413 ``body-too-large``
 SuperLink: the same key and signature, and 401
 that the message is for this key's node
@@ -22,6 +24,9 @@ SuperLink: the node may do what it asks    4xx
 The registry is asked at most once a second for a key, so a revoked key is out within a second, also
 when Flower itself could not be told.  The signature covers the time only, not path or body (that is
 Flower's protocol): TLS protects those.
+
+What is not even HTTP is refused before it gets here (400, connection closed), as are connections
+beyond the limits; both come back by :meth:`Gateway.note`, so they are in the audit log too.
 
 Status codes are chosen for Flower's SuperNode: it stops on 401, tries again on 503 (and treats 429
 as an error of the message), takes 403 as "this run is over", and shows the text of a refused
@@ -51,10 +56,12 @@ from fedalign.compat import (
     ACTIVATION_FAILED,
     FLEET_PATHS,
     KEY_HEADER,
+    MAX_AGE,
+    MAX_AHEAD,
     SIGNATURE_HEADER,
     TIME_HEADER,
     claimed_key,
-    proves_key,
+    proven_age,
 )
 from server.connections import HEADER_BYTES, counted_as
 from server.limits import Refusals, TokenBuckets
@@ -102,11 +109,13 @@ class Audit(Protocol):
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, reason: str, key: bytes = b"") -> None:
+    def __init__(self, status: int, reason: str, key: bytes = b"", hint: str = "") -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
         self.key = key
+        self.hint = hint
+        """What the site's operator should do, where the reason does not say it."""
 
 
 class Gateway:
@@ -133,6 +142,7 @@ class Gateway:
         self._buckets = TokenBuckets(self.limits.rate, self.limits.burst)
         self._refusals = Refusals()
         self._lines = TokenBuckets(AUDIT_LINES / 60, AUDIT_LINES)
+        self._notes: set[asyncio.Task[None]] = set()
         self._known: dict[bytes, tuple[float, str]] = {}
         self._client = httpx.AsyncClient(
             verify=trust,
@@ -155,8 +165,8 @@ class Gateway:
         try:
             response = await self._answer(request, peer)
         except _Refused as refused:
-            await self._note(refused, request, peer)
-            response = _refusal(request.url.path, refused)
+            await self._write(peer, refused, _path(request))
+            response = _refusal(_path(request), refused)
         except ClientDisconnect:
             return
         with contextlib.suppress(httpx.HTTPError):
@@ -166,7 +176,7 @@ class Gateway:
     async def _answer(self, request: Request, peer: str) -> Response:
         if not self._buckets.take(peer, self._clock()):
             raise _Refused(503, "rate")
-        path = request.url.path
+        path = _path(request)
         fleet = path in FLEET_PATHS
         if not fleet and path != "/health":
             raise _Refused(404, _kind(path))
@@ -177,7 +187,12 @@ class Gateway:
         if fleet:
             self._check_identity(request)
         told = request.headers.get("content-length", "0")
-        if not told.isdigit() or int(told) > self.limits.body:
+        if "transfer-encoding" in request.headers and "content-length" in request.headers:
+            raise _Refused(400, "two-lengths")  # which one the SuperLink believes is a guess
+        if (
+            not (told.isascii() and told.isdigit() and len(told) < 16)
+            or int(told) > self.limits.body
+        ):
             raise _Refused(413, "body-too-large")
         headers = [
             (name, value)
@@ -216,8 +231,11 @@ class Gateway:
         status = self._status(key)
         if status != "active":
             raise _Refused(401, f"{status}-key", key)
-        if not proves_key(request.headers, key, datetime.datetime.now(datetime.UTC)):
+        age = proven_age(request.headers, key, datetime.datetime.now(datetime.UTC))
+        if age is None:
             raise _Refused(401, "bad-proof", key)
+        if not -MAX_AHEAD < age < MAX_AGE:
+            raise _Refused(401, "clock-behind" if age > 0 else "clock-ahead", key, _clocks(age))
 
     def _status(self, key: bytes) -> str:
         now = self._clock()
@@ -247,7 +265,13 @@ class Gateway:
             if piece:
                 yield piece
 
-    async def _note(self, refused: _Refused, request: Request, peer: str) -> None:
+    def note(self, peer: str, reason: str) -> None:
+        """Write down what was refused before it was a request; for the connections' protocol."""
+        task = asyncio.get_running_loop().create_task(self._write(peer, _Refused(400, reason)))
+        self._notes.add(task)
+        task.add_done_callback(self._notes.discard)
+
+    async def _write(self, peer: str, refused: _Refused, path: str = "") -> None:
         digest = hashlib.sha256(refused.key).hexdigest() if refused.key else ""
         repeated = self._refusals.count((digest or peer, refused.reason), self._clock())
         if repeated is None or not self._lines.take("", self._clock()):
@@ -255,11 +279,16 @@ class Gateway:
         facts: Mapping[str, str | int] = {
             "reason": refused.reason,
             "peer": peer,
-            "path": request.url.path,
+            "path": path,
             "key": digest[:16],
             "repeated": repeated,
         }
         await asyncio.to_thread(self._audit.append, "gateway.refused", **facts)
+
+
+def _path(request: Request) -> str:
+    """Return the path that was asked for.  ``request.url`` is put together with the Host header."""
+    return str(request.scope["path"])
 
 
 def _kind(path: str) -> str:
@@ -270,10 +299,19 @@ def _kind(path: str) -> str:
     return "unknown-path"
 
 
+def _clocks(age: float) -> str:
+    where = "behind" if age > 0 else "ahead of"
+    return (
+        f" The clock of this site is {abs(age):.0f} s {where} the coordinator's; {MAX_AHEAD:.0f} s "
+        f"ahead and {MAX_AGE:.0f} s behind are allowed. Set the clock that is wrong (NTP keeps it "
+        "right); the node is tried again by itself."
+    )
+
+
 def _refusal(path: str, refused: _Refused) -> Response:
     if refused.status == 401 and path == ACTIVATE_PATH:
         # Flower shows the text of a refused activation and exits; on 401 it only stops.
-        text = f"The coordinator does not accept this key ({refused.reason})."
+        text = f"The coordinator does not accept this key ({refused.reason}).{refused.hint}"
         return JSONResponse({"code": ACTIVATION_FAILED, "detail": text}, 412)
     headers = {"connection": "close"}
     if refused.status == 503:

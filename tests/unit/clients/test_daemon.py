@@ -20,6 +20,7 @@ from clients.app import forward
 from clients.frames import REPLY, REQUESTS, read_frame, write_frame
 from clients.handlers import SiteContext, handle
 from clients.lines import Line
+from clients.quiet import MOST
 from clients.site import Home
 from fedalign import wire
 from fedalign.aggregation.adapters import initial_adapter
@@ -248,6 +249,21 @@ def test_forged_frames_change_nothing(start, make_home):
     reasons = [e["reason"] for e in trainer.audit() if e["event"] == "frame-refused"]
     assert len(reasons) == 7
     assert set(reasons) <= {"frame-truncated", "bad-frame", "frame-too-large", "unknown-kind"}
+
+
+def test_a_flood_of_forged_frames_fills_no_disk(start, make_home):
+    trainer = start(make_home(), *advisory())
+    trainer.wait_ready()
+    for _ in range(2 * MOST):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(trainer.home.socket))
+    assert status(trainer.ask(wire.HELLO, RecordDict())) == [wire.BAD_REQUEST]
+    # Two answers to empty connections may be lost at the turn of a minute, no more.
+    assert len(trainer.audit()) <= 2 * MOST + 2
+    assert verify(trainer.home.audit) >= MOST
+    trainer.process.send_signal(signal.SIGTERM)
+    said = trainer.process.communicate(timeout=200)[1]
+    assert said.count("refused a frame") <= 2 * MOST
 
 
 def test_it_does_not_start_beside_another_nor_unseparated(start, make_home):

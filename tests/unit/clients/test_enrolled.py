@@ -173,6 +173,20 @@ def test_without_a_budget_nothing_is_answered(make_home):
 def test_too_few_examples(make_home):
     one = site(make_home(policy="[training]\nmin-examples = 1000\n"))
     assert status(one.serve(wire.HELLO, message({}, clients=()))) == [wire.TOO_FEW_EXAMPLES]
+    # The data were read for it, which is work: it counts.
+    assert one._budget.spent(NOON).jobs == 1
+
+
+def test_what_the_policy_refuses_does_not_read_the_data(make_home, monkeypatch):
+    one = site(make_home(policy="[budget]\nmax-jobs-per-day = 1\n"))
+    seeds = [message({"run.seed": n}, clients=()) for n in range(3)]
+    assert "status" not in one.serve(wire.HELLO, seeds[0]).metric_records
+    monkeypatch.setattr(one, "_own", lambda config: pytest.fail("read the data"))
+    for seed in seeds:
+        assert status(one.serve(wire.HELLO, seed)) == [wire.BUDGET_EXHAUSTED]
+    assert status(one.serve(wire.TRAIN, message({"model.name": "a/b"}))) == [
+        wire.REFUSED_BASE_MODEL
+    ]
 
 
 def test_what_the_audit_log_is_told(make_home):

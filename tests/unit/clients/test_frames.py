@@ -18,6 +18,7 @@ from clients.frames import (
     HEAD,
     MAGIC,
     MAX_HEADER,
+    MAX_VALUES,
     REPLY,
     REQUESTS,
     VERSION,
@@ -219,6 +220,16 @@ def test_a_large_claim_costs_no_memory():
             unframed(frame, limit=1 << 30)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
+
+
+def test_values_are_limited_over_all_records():
+    half = MAX_VALUES // 2 + 1
+    records = [CONFIG | {"name": name, "bytes": half} for name in ("a", "b")]
+    with pytest.raises(WireError, match="frame-too-large"):
+        unframed(raw({"kind": wire.TRAIN, "records": records}, b"{}", size=2 * half))
+    large = {name: ConfigRecord({"x": "y" * half}) for name in ("a", "b")}
+    with pytest.raises(WireError, match="frame-too-large"):
+        framed(RecordDict(large))
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read():

@@ -76,6 +76,23 @@ def test_a_part_that_ends_is_started_again_and_all_end_with_us(tmp_path, root):
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_leaves_its_process_group_is_ended_too(tmp_path, root):
+    """As code from the coordinator could do: away from its parent, its group and its session."""
+    home = Home(tmp_path)
+    leave = "(setsid sh -c 'echo $$; trap \"\" TERM HUP; while :; do sleep 1; done' &)"
+    process = supervise(home, root, f"{leave}; sleep 0.3; exit 3")
+    log = home.logs / "one.log"
+    try:
+        eventually(lambda: log.exists() and len(log.read_text().split()) >= 2)
+        first = int(log.read_text().split()[0])
+        eventually(lambda: not alive(first))  # when its part ended, not only at the end of all
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 0
+    finally:
+        process.kill()
+    assert not any(alive(int(p)) for p in log.read_text().split())
+
+
 def test_children_end_when_the_supervisor_is_killed(tmp_path, root):
     home = Home(tmp_path)
     process = supervise(home, root, "echo $$; exec sleep 300")
@@ -137,6 +154,31 @@ def test_folders_belong_to_their_users(short_tmp, make_home):
     os.link(home.trainer / "data.jsonl", home.node / "second")
     with pytest.raises(ConfigError, match="second name"):
         prepare(home, b, a)
+
+
+@needs_root
+def test_a_folder_that_changes_meanwhile_gives_away_nothing_else(short_tmp, make_home, monkeypatch):
+    """What the node's user left running swaps a folder for a link while root goes through it."""
+    home = Home(make_home())
+    outside = short_tmp / "outside"
+    outside.mkdir()
+    (outside / "shadow").write_text("x")
+    inner = home.node / "a"
+    inner.mkdir()
+    (inner / "shadow").write_text("x")
+    plain, swapped = os.open, []
+
+    def swap(path, *arguments, **more):
+        if path == "shadow" and not swapped:
+            swapped.append(inner.rename(home.node / "b"))
+            inner.symlink_to(outside)
+        return plain(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", swap)
+    prepare(home, account("61002"), account("61001"))
+    assert swapped
+    assert (outside / "shadow").stat().st_uid == 0
+    assert (home.node / "b" / "shadow").stat().st_uid == 61_001
 
 
 def test_commands(make_home):
