@@ -35,6 +35,7 @@ from fedalign.data.records import ClientData, SurveyItem
 from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
 from fedalign.randomness import Key
+from fedalign.training.cohort import train_cohort
 from fedalign.training.examples import TrainingSet, training_set
 from fedalign.training.local_ppo import PolicyJob, train_ppo
 from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
@@ -181,7 +182,7 @@ class ResidentTrainer:
         local steps, and the personal ones); it is left out in mode ``rewards``.
         The personal adapter is kept on this machine; only its test score is returned.
         """
-        _known, unknown = self._sort_out(names)
+        known, unknown = self._sort_out(names)
         settings = self.config.personal
         total = rounds * self.config.local.steps + settings.steps
         shapes = dict(self.manifest.layout)
@@ -190,17 +191,20 @@ class ResidentTrainer:
         if "local_only_total" not in stages:
             total = settings.steps  # mode ``rewards``: clients took no steps in the run
         places = {name: i for i, name in enumerate(sorted(self.clients))}
+        rate = settings.learning_rate
+        jobs = [self._job(n, adapter, settings.steps, rate, ("personal", n)) for n in known]
+        if settings.local_only:
+            jobs += [
+                self._job(n, fresh, total, rate, ("local-only", n), (settings.steps,))
+                for n in known
+            ]
+        trained = self._train(jobs)
         replies = []
         for name in names:
             if name in unknown:
                 replies.append(wire.ScoreReply(name, wire.UNKNOWN_CLIENT, {}))
                 continue
-            rate = settings.learning_rate
-            jobs = [self._job(name, adapter, settings.steps, rate, ("personal", name))]
-            if settings.local_only:
-                key, snapshots = ("local-only", name), (settings.steps,)
-                jobs.append(self._job(name, fresh, total, rate, key, snapshots))
-            results = self._train(jobs)
+            results = [r for r in trained if r.client == name]
             if any(r.adapter is None for r in results):
                 replies.append(wire.ScoreReply(name, wire.NON_FINITE, {}))
                 continue
@@ -286,6 +290,8 @@ class ResidentTrainer:
             from fedalign.training.trl_engine import train_trl
 
             return train_trl(self.model, comparing, local, seed)
+        if local.cohort_size != 1 and len(comparing) > 1:
+            return train_cohort(self.model, comparing, local, seed)
         return train(self.model, comparing, local, seed)
 
     @staticmethod

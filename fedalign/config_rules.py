@@ -84,6 +84,7 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "local.batch-size": (1, 10**6, True, True),
     "local.learning-rate": (0, 10, False, True),
     "local.max-grad-norm": (0, 1e9, True, True),
+    "local.cohort-size": (0, 100_000, True, True),
     "weights.temperature": (0, 1e6, False, True),
     "weights.decay": (0, 1, True, False),
     "weights.floor": (0, 1, True, True),

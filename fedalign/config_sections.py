@@ -142,6 +142,8 @@ class LocalConfig:
     """Learning rate over rounds: ``cosine`` (to a tenth of the first) or ``constant``."""
     max_grad_norm: float = 1.0
     """Gradient clipping by global norm; 0 switches it off."""
+    cohort_size: int = 0
+    """Clients of a message trained as one batch; 0 takes what fits, 1 trains one after another."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,29 @@ def differences(
     return ratios[i] - ratios[j]
 
 
+def pair_values(
+    delta: torch.Tensor,
+    q: torch.Tensor,
+    logps: torch.Tensor,
+    i: torch.Tensor,
+    j: torch.Tensor,
+    settings: LocalConfig,
+) -> dict[str, torch.Tensor]:
+    """Return what :func:`metrics` averages, for each pair: (n,) each, without gradients.
+
+    ``margin`` and ``chosen_logp`` in nats; ``right``, 1 where the preferred side has the larger
+    log-ratio, 1/2 for a tie; ``decided``, True where q is not 1/2 and ``right`` means something.
+    """
+    with torch.no_grad():
+        towards = delta * torch.sign(q - 0.5)
+        return {
+            "margin": settings.beta * towards,
+            "chosen_logp": torch.where(q >= 0.5, logps[i], logps[j]),
+            "right": (torch.sign(towards) + 1) / 2,
+            "decided": q != 0.5,
+        }
+
+
 def metrics(
     delta: torch.Tensor,
     q: torch.Tensor,
@@ -103,12 +126,8 @@ def metrics(
     1/2; left out when there is no such pair.  ``chosen_logp``: mean log-probability of the
     preferred side, in nats; it falls when probability leaves the answers altogether.
     """
-    with torch.no_grad():
-        towards = delta * torch.sign(q - 0.5)
-        decided = q != 0.5
-        preferred = torch.where(q >= 0.5, logps[i], logps[j])
-        out = {"margin": settings.beta * towards.mean(), "chosen_logp": preferred.mean()}
-        if bool(decided.any()):
-            right = (torch.sign(towards[decided]) + 1) / 2
-            out["accuracy"] = right.mean()
-        return out
+    values = pair_values(delta, q, logps, i, j, settings)
+    out = {"margin": values["margin"].mean(), "chosen_logp": values["chosen_logp"].mean()}
+    if bool(values["decided"].any()):
+        out["accuracy"] = values["right"][values["decided"]].mean()
+    return out

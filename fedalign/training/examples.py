@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from fedalign.models.base import ResidentModel
 from fedalign.randomness import generator, unit_interval
 from fedalign.training.batch import Prompt
 from fedalign.training.encode import Encoded, encode, encode_text, render
+from fedalign.training.rows import PromptRows, lay_out
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class TrainingSet:
     def completions(self) -> int:
         """Number of completions over all prompts, the length of cached log-probabilities."""
         return sum(len(p.completions) for p in self.prompts)
+
+    @cached_property
+    def rows(self) -> tuple[PromptRows, ...]:
+        """Each prompt laid out; made once, since a client trains on it in every round."""
+        return tuple(lay_out(p) for p in self.prompts)
 
 
 def training_set(

@@ -6,7 +6,7 @@ Batches are keyed shuffles of the prompts, one epoch after another.
 
 The optimiser starts fresh in every job (moments 0.9 and 0.999, no weight decay, constant learning
 rate within the job), because its state belongs to a client and the adapter does not.  Jobs run one
-after another; each depends on nothing but itself, so a list of jobs gives what single jobs give.
+after another here; each depends on nothing but itself.  ``cohort.py`` trains many as one batch.
 
 The optimiser works on the flat buffer of the resident model: one tensor in place of dozens.  Under
 frozen A the gradient of A is exactly zero there, so A stays bit for bit; this is checked.

@@ -124,8 +124,9 @@ def test_no_text_of_a_question_reaches_the_server(small: Callable[..., Config]) 
 
 
 def test_same_seed_same_run_whatever_the_nodes(small: Callable[..., Config]) -> None:
-    """One client a message: bit-equal.  Several are scored as one batch, whose shape shows in the
-    last bits, so other message sizes agree to a tolerance."""
+    """One client a message: bit-equal.  Several are scored and trained as one batch, whose shape
+    shows in the last bits and, where a gradient is nearly zero, in AdamW's sign: other sizes agree
+    to a tolerance."""
     a = run(small("a", run__clients_per_message=1), nodes=1)
     b = run(small("b", run__clients_per_message=1), nodes=3)
     assert np.array_equal(load(a / CHECKPOINT).adapter, load(b / CHECKPOINT).adapter)
@@ -134,8 +135,12 @@ def test_same_seed_same_run_whatever_the_nodes(small: Callable[..., Config]) -> 
     again = run(small("again"))
     twice = run(small("twice"))
     assert np.array_equal(load(again / CHECKPOINT).adapter, load(twice / CHECKPOINT).adapter)
-    adapter, other = load(a / CHECKPOINT).adapter, load(again / CHECKPOINT).adapter
-    assert np.abs(adapter - other).max() <= 1e-4 * np.abs(adapter).max()
+    adapter, cohort = load(a / CHECKPOINT).adapter, load(again / CHECKPOINT).adapter
+    error = np.abs(adapter - cohort) / np.abs(adapter).max()
+    assert error.max() <= 5e-3
+    assert error.mean() <= 1e-5
+    apart = load(run(small("apart", local__cohort_size=1)) / CHECKPOINT).adapter
+    assert np.abs(adapter - apart).max() <= 1e-4 * np.abs(adapter).max()
     with Ledger(a / LEDGER, readonly=True) as x, Ledger(again / LEDGER, readonly=True) as y:
         for one, two in zip(x.scores(), y.scores(), strict=True):
             assert one.score == pytest.approx(two.score, abs=1e-3)

@@ -159,6 +159,7 @@ def tiny() -> SimpleNamespace:
     torch.set_num_threads(1)
     return SimpleNamespace(
         tokenizer=make_tokenizer,
+        config=tiny_config,
         save=save_tiny,
         start=start,
         survey_like=survey_like,
