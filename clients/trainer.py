@@ -10,10 +10,11 @@ final adapter) and by :meth:`ResidentTrainer.personal`; training rounds cannot r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -291,7 +292,8 @@ class ResidentTrainer:
 
             return train_trl(self.model, comparing, local, seed)
         if local.cohort_size != 1 and len(comparing) > 1:
-            return train_cohort(self.model, comparing, local, seed)
+            with _threads(max(1, local.threads)):
+                return train_cohort(self.model, comparing, local, seed)
         return train(self.model, comparing, local, seed)
 
     @staticmethod
@@ -333,6 +335,15 @@ def forget() -> None:
 
 
 _last: dict[str, object] = {}
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def _version(name: str) -> str:

@@ -85,6 +85,7 @@ RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "local.learning-rate": (0, 10, False, True),
     "local.max-grad-norm": (0, 1e9, True, True),
     "local.cohort-size": (0, 100_000, True, True),
+    "local.threads": (0, 1024, True, True),
     "weights.temperature": (0, 1e6, False, True),
     "weights.decay": (0, 1, True, False),
     "weights.floor": (0, 1, True, True),

@@ -28,7 +28,7 @@ class RunConfig:
     """Go on with the unfinished run in ``out``; without it a folder that holds a run is refused."""
     clients_per_round: int = 0
     """Clients sampled in each round; 0 takes all."""
-    clients_per_message: int = 8
+    clients_per_message: int = 64
     """Logical clients that one message asks a node for; bounds the memory of a reply."""
     round_timeout: float = 3600.0
     """Seconds to wait for a phase or round; also the time to live of its messages."""
@@ -144,6 +144,8 @@ class LocalConfig:
     """Gradient clipping by global norm; 0 switches it off."""
     cohort_size: int = 0
     """Clients of a message trained as one batch; 0 takes what fits, 1 trains one after another."""
+    threads: int = 0
+    """Processor threads that train a cohort; 0: all cores in ``fedalign simulate``, else 1."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -37,6 +40,8 @@ from simulations.references import references
 
 ENGINES = ("inprocess", "flower")
 LARGE_RATE = 1e-3
+MOST_THREADS = 8
+"""More gain nothing on the pocket's small matrices."""
 
 
 def simulate(
@@ -57,6 +62,10 @@ def simulate(
         raise ConfigError(f"engine '{engine}' is not one of {', '.join(ENGINES)}.")
     if engine == "flower":
         _check_flower_engine()
+    elif not config.local.threads and multiprocessing.parent_process() is None:
+        # One run has the machine for itself; the workers of a comparison share it.
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        config = replace(config, local=replace(config.local, threads=min(cores, MOST_THREADS)))
     quiet_flower()
     progress.phase("population", "reading preferences")
     population(config)

@@ -31,6 +31,7 @@ from fedalign.errors import ConfigError
 from fedalign.models import layout as flat_layout
 from fedalign.models.devices import resolve_checkpointing, resolve_device, resolve_dtype
 from fedalign.models.layout import Array, Layout
+from fedalign.models.memory import keep_freed_memory
 from fedalign.models.source import base_revision, model_folder, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class ResidentModel:
 
     def __init__(self, model: ModelConfig, frozen_a: bool = False) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        keep_freed_memory()
         self.config = model
         self.frozen_a = frozen_a
         self.device = resolve_device(model)

@@ -217,8 +217,9 @@ def _pass(
     forward: CohortForward, batch: CohortBatch, pairs: np.ndarray, settings: LocalConfig
 ) -> dict[str, np.ndarray]:
     """Add the gradients of one pass; return sums over the pairs of each client: (C,) each."""
-    logps = torch.log_softmax(forward.logits(batch), dim=-1, dtype=torch.float32)
-    logps = logps[batch.slot, batch.token]
+    every = torch.log_softmax(forward.logits(batch), dim=-1, dtype=torch.float32)
+    # ``index_select`` here and in the forward: the gradient of x[index] is summed in no order.
+    logps = every.view(-1).index_select(0, batch.slot * every.shape[1] + batch.token)
     if not batch.single:
         logps = torch.segment_reduce(logps, "sum", lengths=batch.lengths)
     delta = differences(logps, batch.reference, batch.lengths, batch.i, batch.j, settings)

@@ -148,7 +148,7 @@ class MergedLlama:
         three = three.permute(2, 0, 3, 1, 4).contiguous()  # (3, R, heads, T, d)
         both = _turned(three[:2], turn).view(2, -1, columns, self._size)
         scores = torch.baddbmm(future, both[0], _t(both[1]))
-        read = torch.bmm(scores.softmax(dim=-1), three[2].view(-1, columns, self._size))
+        read = torch.bmm(_Softmax.apply(scores), three[2].view(-1, columns, self._size))
         read = read.view(rows, self._heads, columns, self._size).transpose(1, 2)
         return read.reshape(h.shape)
 
@@ -159,20 +159,20 @@ class MergedLlama:
         rows, columns = batch.rows.shape
         picked = (batch.clients, -1, self._width)
         h = _Normed.apply(x, self._epsilon)
-        x = x.reshape(-1, self._width)[batch.positions].view(picked)
+        x = x.reshape(-1, self._width).index_select(0, batch.positions).view(picked)
         column = batch.positions % columns
         if not _one_a_row(batch):  # texts of several tokens: nearly every position is asked
             read = self._attend(w, h, rows, turn, future).reshape(-1, self._width)
-            x = x + torch.bmm(read[batch.positions].view(picked), _t(w.output))
+            x = x + torch.bmm(read.index_select(0, batch.positions).view(picked), _t(w.output))
             return x + self._feed(w, x)
         two = torch.bmm(h, _t(w.key_value)).view(rows, columns, 2, self._heads, self._size)
         two = two.permute(2, 0, 3, 1, 4).contiguous()  # (2, R, heads, T, d)
         keys = _turned(two[0], turn).view(-1, columns, self._size)
-        asked = h.reshape(-1, self._width)[batch.positions].view(picked)
+        asked = h.reshape(-1, self._width).index_select(0, batch.positions).view(picked)
         query = torch.bmm(asked, _t(w.query)).view(-1, self._heads, 1, self._size)
         query = _turned(query, turn[column, None, None]).view(-1, 1, self._size)
         scores = torch.bmm(query, _t(keys)).view(rows, self._heads, columns)
-        weights = (scores + future[column, None]).softmax(dim=-1)
+        weights = _Softmax.apply(scores + future[column, None])
         values = two[1].view(-1, columns, self._size)
         read = torch.bmm(weights.view(-1, 1, columns), values)
         x = x + torch.bmm(read.view(picked), _t(w.output))
@@ -197,8 +197,8 @@ class MergedLlama:
             return torch.baddbmm(every, b, a, alpha=self._scale)
 
         before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        query = weight("self_attn", "q_proj")[:, self._interleaved] * self._size**-0.5
-        key = weight("self_attn", "k_proj")[:, self._interleaved]
+        query = weight("self_attn", "q_proj").index_select(1, self._interleaved) * self._size**-0.5
+        key = weight("self_attn", "k_proj").index_select(1, self._interleaved)
         value = weight("self_attn", "v_proj")
         gate, up = weight("mlp", "gate_proj"), weight("mlp", "up_proj")
         return _Merged(
@@ -228,6 +228,24 @@ class _Normed(torch.autograd.Function):
         out, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(gradient, out).unsqueeze(-1).div_(-out.shape[-1])
         return torch.addcmul(gradient, out, along).mul_(inverse), None
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax over the last dimension; torch's own gradient depends on the number of threads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the softmax and keep it."""
+        out = x.softmax(dim=-1)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return p (g - sum(p g))."""
+        (out,) = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradient, out).unsqueeze(-1)
+        return (gradient - along).mul_(out)
 
 
 class _Gated(torch.autograd.Function):

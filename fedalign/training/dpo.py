@@ -85,7 +85,8 @@ def differences(
     ratios = logps if reference is None else logps - reference
     if settings.loss == "ipo" and settings.length_normalised:
         ratios = ratios / lengths
-    return ratios[i] - ratios[j]
+    # Not ratios[i]: its gradient is summed by threads in no order.
+    return ratios.index_select(0, i) - ratios.index_select(0, j)
 
 
 def pair_values(
