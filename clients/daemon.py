@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -86,6 +87,10 @@ class Trainer:
             self._refused("frame-refused", reason=reason)
             reply = wire.encode_failure((), wire.BAD_REQUEST)
         else:
+            if gone(connection):
+                # It waited its turn and gave up (a trainer that hung): work would be for nobody.
+                self._refused("asker-gone", kind=kind)
+                return
             reply = self._work(kind, content)
             del content
         answer = Line(connection, READ_SECONDS)
@@ -133,6 +138,13 @@ def peer_uid(connection: socket.socket) -> int:
     layout = struct.Struct("3i")
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
     return int(layout.unpack(raw)[1])
+
+
+def gone(connection: socket.socket) -> bool:
+    """Return whether the other end is closed; one that only ended its request is still there."""
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP and POLLERR are reported unasked
+    return bool(poll.poll(0))
 
 
 def listen(home: Home, node_gid: int) -> socket.socket:

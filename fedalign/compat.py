@@ -9,7 +9,7 @@ Private interfaces that the coordinator needs:
   stop of a run.  Flower's command line offers the same more slowly and is the fallback
   (``server/superlink_admin.py``), so what moved is :class:`FlowerMoved`, not a crash;
 * the headers by which a SuperNode proves its key in every request (:func:`claimed_key`,
-  :func:`proves_key`): base64 of the PEM public key, a timestamp, and an ECDSA-SHA256 signature over
+  :func:`proven_age`): base64 of the PEM public key, a timestamp, and an ECDSA-SHA256 signature over
   the text of the timestamp.
 """
 
@@ -30,6 +30,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -70,6 +71,9 @@ KEY_IN_USE = 23
 KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 MAX_AGE, MAX_AHEAD = 305.0, 5.0
 """Seconds: how old a signed timestamp may be, and how far in the future (Flower's own values)."""
+
+LINK_ERRORS = (ObjectPushError, httpx.HTTPError)
+"""What the grid of a deployment raises when the SuperLink broke off in the middle of a call."""
 
 
 class FlowerMoved(Exception):
@@ -196,23 +200,25 @@ def claimed_key(headers: Mapping[str, str]) -> bytes | None:
         return None
 
 
-def proves_key(headers: Mapping[str, str], public_key: bytes, now: datetime.datetime) -> bool:
-    """Say whether a fleet request is signed by ``public_key`` for about ``now`` (aware).
+def proven_age(
+    headers: Mapping[str, str], public_key: bytes, now: datetime.datetime
+) -> float | None:
+    """Return how many seconds ago ``public_key`` signed a fleet request, by the signer's clock.
 
-    What is signed is the time alone, so this proves who speaks, not what is said: the body is
-    protected by TLS only.
+    Negative: in the future of ``now`` (aware).  None: this key did not sign it.  What is signed is
+    the time alone, so this proves who speaks, not what is said: TLS alone protects the body.
     """
     try:
         stamp = headers[TIME_HEADER]
         age = (now - datetime.datetime.fromisoformat(stamp)).total_seconds()
         signature = base64.b64decode(headers[SIGNATURE_HEADER], validate=True)
         key = serialization.load_pem_public_key(public_key)
-        if not -MAX_AHEAD < age < MAX_AGE or not isinstance(key, ec.EllipticCurvePublicKey):
-            return False
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            return None
         key.verify(signature, stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
     except (KeyError, TypeError, ValueError, binascii.Error, InvalidSignature):
-        return False
-    return True
+        return None
+    return age
 
 
 def key_headers(key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> dict[str, str]:
@@ -255,6 +261,7 @@ __all__ = [
     "FLEET_PATHS",
     "KEY_HEADER",
     "KEY_IN_USE",
+    "LINK_ERRORS",
     "QUIET_FLOWER",
     "SIGNATURE_HEADER",
     "TIME_HEADER",
@@ -268,7 +275,7 @@ __all__ = [
     "claimed_key",
     "key_headers",
     "node_info",
-    "proves_key",
+    "proven_age",
     "public_key_to_bytes",
     "quiet_flower",
 ]

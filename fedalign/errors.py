@@ -43,6 +43,10 @@ class RunFailed(FedalignError):
     exit_code = 5
 
 
+class StorageError(RunFailed):
+    """A file of the run could not be written: disk full, quota, broken medium.  Exit code 5."""
+
+
 class ResumeError(FedalignError):
     """A run folder cannot be resumed as asked; names the key that differs.  Exit code 6."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedalign.errors import FedalignError
+from fedalign.storage import storing
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -41,7 +42,8 @@ def export_adapter(
     ``base_name`` is stored by its last path component only.
 
     Raises ``FedalignError`` for tensors that are no adapter of this rank and these targets, and for
-    a folder that exists and holds anything else than an export.
+    a folder that exists and holds anything else than an export; ``StorageError`` where the disk
+    does not take it.
     """
     _check_tensors(tensors, rank, targets)
     from safetensors.numpy import save_file
@@ -49,7 +51,7 @@ def export_adapter(
     config = adapter_config(base_name, rank, alpha, targets)
     arrays = {n: np.ascontiguousarray(tensors[n], dtype=np.float32) for n in sorted(tensors)}
     _check_folder(folder)
-    try:
+    with storing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -65,10 +67,6 @@ def export_adapter(
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
-    except OSError as error:
-        raise FedalignError(
-            f"{folder}: cannot write the adapter: {error}. Check free disk space and permissions."
-        ) from error
 
 
 def adapter_config(

@@ -32,7 +32,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from fedalign.errors import FedalignError
+from fedalign.errors import FedalignError, StorageError
 from fedalign.ledger_rows import (
     DATED,
     TABLES,
@@ -49,7 +49,8 @@ from fedalign.ledger_rows import (
     Triple,
     WeightRow,
 )
-from fedalign.ledger_store import columns_of, insert, open_ledger
+from fedalign.ledger_store import columns_of, insert, is_blank, open_ledger
+from fedalign.storage import TO_DO, out_of_room
 
 __all__ = [
     "WITHHELD",
@@ -66,6 +67,7 @@ __all__ = [
     "Triple",
     "WeightRow",
     "canonical_rows",
+    "is_blank",
 ]
 
 Row = TypeVar("Row")
@@ -75,7 +77,8 @@ class Ledger:
     """One run's ledger.  Safe to use from several threads; one writing process at a time.
 
     Raises ``FedalignError`` when the file cannot be opened, written or understood, and for a value
-    that may not be stored.  A transaction that fails leaves nothing behind.
+    that may not be stored; ``StorageError`` where the disk is the reason.  A transaction that fails
+    leaves nothing behind.
     """
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
@@ -84,6 +87,8 @@ class Ledger:
         try:
             self._db = open_ledger(path, readonly)
         except (sqlite3.Error, OSError) as error:
+            if isinstance(error, sqlite3.Error) and not readonly and out_of_room(error):
+                raise StorageError(f"{path}: cannot write the ledger: {error}. {TO_DO}") from error
             raise FedalignError(f"{path}: cannot open the ledger: {error}.") from error
 
     def close(self) -> None:
@@ -218,9 +223,13 @@ class Ledger:
                     "a value, or a failed status with a reason, and no row may occur twice."
                 ) from error
             except sqlite3.Error as error:
+                if out_of_room(error):
+                    raise StorageError(
+                        f"{self.path}: cannot write the ledger: {error}. {TO_DO}"
+                    ) from error
                 raise FedalignError(
                     f"{self.path}: cannot write the ledger: {error}. Nothing of this step was "
-                    "stored; check free disk space, permissions and other writers, then resume."
+                    "stored; check permissions and other writers, then resume."
                 ) from error
 
     # -- reading: committed rows only --------------------------------------------------------------

@@ -55,6 +55,18 @@ def open_ledger(path: Path, readonly: bool) -> sqlite3.Connection:
     return db
 
 
+def is_blank(path: Path) -> bool:
+    """Say whether ``path`` is a database without tables: a ledger whose making was cut off."""
+    try:
+        db = _connect(path.resolve().as_uri() + "?mode=ro")
+        try:
+            return int(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]) == 0
+        finally:
+            db.close()
+    except sqlite3.Error:
+        return False  # whoever opens it is told why it cannot be read
+
+
 def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS

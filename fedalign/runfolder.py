@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedalign.config import Config
 from fedalign.errors import ResumeError
-from fedalign.ledger import Ledger
+from fedalign.ledger import Ledger, is_blank
 
 LEDGER = "ledger.sqlite"
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,9 +67,10 @@ def _holds_run(folder: Path) -> bool:
         return True
     if not (folder / LEDGER).exists():
         return False
-    with Ledger(folder / LEDGER, readonly=True) as ledger:
-        if "config" in ledger.run():
-            return True
+    if not is_blank(folder / LEDGER):
+        with Ledger(folder / LEDGER, readonly=True) as ledger:
+            if "config" in ledger.run():
+                return True
     for path in folder.glob(f"{LEDGER}*"):
         path.unlink()
     return False

@@ -7,6 +7,7 @@ failed ones with a short code:
 - the reason of a ``WireError``: its message was broken;
 - ``no-reply``, or ``flower-error-N``: nothing came, or Flower says so;
 - ``offline``: its site was not there, or went away (Flower's error 5).  It is sent nothing;
+- ``not-sent``: the SuperLink broke off (``link.py``); the whole attempt is void;
 - ``revoked``: the operator revoked the site while its reply was on the way.  The registry is read
   when the replies are counted, so nothing of a revoked site is ever combined.
 
@@ -30,7 +31,9 @@ from server.enrolled import Enrolled
 
 NODE_UNAVAILABLE = 5
 """Flower's code for a node that is offline, or went offline before it answered."""
-OFFLINE, REVOKED, NO_REPLY = "offline", "revoked", "no-reply"
+EXPIRED = (3, 4)
+"""Its codes for a message or a reply that is not there any more: ``run.round-timeout`` is over."""
+OFFLINE, REVOKED, NO_REPLY, NOT_SENT = "offline", "revoked", "no-reply", "not-sent"
 
 
 class QuorumMissed(RunFailed):
@@ -39,6 +42,8 @@ class QuorumMissed(RunFailed):
 
 def failure_reason(code: int) -> str:
     """Return how an error reply of Flower is recorded.  Its text may quote private data."""
+    if code in EXPIRED:
+        return NO_REPLY
     return OFFLINE if code == NODE_UNAVAILABLE else f"flower-error-{code}"
 
 
@@ -110,6 +115,12 @@ class Asking:
             )
             self._sent.append((message, names))
         return [m for m, _ in self._sent]
+
+    def not_sent(self, error: RunFailed) -> QuorumMissed:
+        """Return what makes an attempt void whose messages did not all get out."""
+        asked = [c for _, names in self._sent for c in names]
+        self.failed = dict.fromkeys(asked, NOT_SENT) | dict.fromkeys(self._unsent, OFFLINE)
+        return QuorumMissed(f"attempt {self.attempt}: {error}")
 
     def collect(
         self,

@@ -24,6 +24,7 @@ from fedalign import wire
 from fedalign.aggregation.records import RuleState
 from fedalign.config import Config, config_hash, differing_keys, from_json
 from fedalign.errors import ResumeError
+from fedalign.storage import storing
 
 VERSION = 2
 PHASES = ("base", "predictor", "train", "final", "personal")
@@ -57,7 +58,10 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write to a temporary name, flush to disk, rename.  The rename is the commit."""
+    """Write to a temporary name, flush to disk, rename.  The rename is the commit.
+
+    Raises ``StorageError``; the checkpoint before is then still in place.
+    """
     meta = {
         "version": VERSION,
         "config": checkpoint.config_json,
@@ -76,10 +80,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {"adapter": checkpoint.adapter} | {
         EXTRA + name: np.ascontiguousarray(value) for name, value in checkpoint.arrays.items()
     }
-    save_file(tensors, temporary, metadata={"fedalign": json.dumps(meta)})
-    with temporary.open("rb+") as f:
-        os.fsync(f.fileno())
-    rename(temporary, path)
+    with storing(path):
+        save_file(tensors, temporary, metadata={"fedalign": json.dumps(meta)})
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        rename(temporary, path)
 
 
 def rename(temporary: Path, path: Path) -> None:

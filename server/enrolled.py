@@ -20,6 +20,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedalign.config import DeploymentConfig
+from server.link import nodes
 
 ACTIVE = "active"
 MAY_FINISH = (ACTIVE, "replaced")
@@ -81,7 +82,7 @@ class Enrolled:
         """Return the active sites that are online, sorted by name."""
         active = {r.public_key: r for r in self._read() if r.status == ACTIVE}
         found: dict[str, OnlineSite] = {}
-        for info in sorted(grid.get_nodes(), key=lambda n: n.node_id):
+        for info in sorted(nodes(grid), key=lambda n: n.node_id):
             row = active.get(bytes(info.public_key))
             if row is not None:
                 found[row.site] = OnlineSite(row.site, row.group, info.node_id, row.public_key)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedalign.compat import RunState
 from fedalign.errors import FedalignError, RunFailed
-from fedalign.ledger import Ledger
+from fedalign.ledger import Ledger, is_blank
 from fedalign.runfolder import LEDGER, REPORT
 from server.coordinator import Coordinator
 from server.status_words import printable
@@ -74,7 +74,7 @@ class Watcher:
 
     def status(self) -> str:
         """Return the run's status from its ledger; empty before it began."""
-        if not self._path.is_file():
+        if not self._path.is_file() or is_blank(self._path):
             return ""
         with Ledger(self._path, readonly=True) as ledger:
             return str(ledger.run().get("status", ""))

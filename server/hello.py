@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedalign import wire
 from fedalign.config import Config, to_json
 from fedalign.errors import RunFailed, WireError
+from server import link
 from server.asking import NO_REPLY, failure_reason
 from server.directory import Directory, build
 
@@ -53,13 +54,13 @@ def exchange_hello(
         Message(wire.encode_request(request), n, wire.HELLO, ttl=timeout, group_id="hello")
         for n in sorted(nodes)
     ]
-    waiting = {i for i in grid.push_messages(messages) if i}  # "": a node that is not there
+    waiting = link.push(grid, messages)
     node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     hellos: dict[int, wire.Hello] = {}
     reasons: dict[int, str] = {}
     end = time.monotonic() + timeout
     while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
+        replies = link.pull(grid, waiting)
         for reply in replies:
             asked = reply.metadata.reply_to_message_id
             waiting.discard(asked)

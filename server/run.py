@@ -17,6 +17,7 @@ bit-equal to a run that was never disturbed.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +30,12 @@ from flwr.serverapp import Grid
 
 from fedalign import wire
 from fedalign.config import Config, config_hash, resolve_metric, to_flat
-from fedalign.errors import FedalignError, ResumeError, RunFailed
+from fedalign.errors import FedalignError, ResumeError, RunFailed, StorageError
 from fedalign.ledger import Ledger
 from fedalign.report.html import build_report
 from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
 from server import checkpoint as checkpoints
+from server import link
 from server.asking import QuorumMissed
 from server.checkpoint import Checkpoint
 from server.enrolled import Enrolled, open_enrolled
@@ -47,6 +49,8 @@ from server.progress import Progress
 from server.rlhf import Policy, RewardStrategy
 from server.roll_call import call_sites
 from server.strategy import GroupStrategy
+
+log = logging.getLogger("fedalign.server")
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def execute(
     ``enrolled`` are the sites of a deployment; without them ``deployment.registry`` says who they
     are, and where that is empty the run is a simulation.
 
-    Raises ``RunFailed`` when a phase misses its quorum ``run.max-attempts`` times, and
-    ``ResumeError`` when the folder's run has other settings.
+    Raises ``RunFailed`` when a phase misses its quorum ``run.max-attempts`` times or the disk is
+    full (``StorageError``), and ``ResumeError`` when the folder's run has other settings.
     """
     folder = Path(config.run.out)
     enrolled = enrolled or open_enrolled(config.deployment)
@@ -122,14 +126,14 @@ def execute(
             run.train()
             run.final()
             run.personal()
+            shutil.rmtree(folder / SPOOL, ignore_errors=True)
+            write_adapter(run.state, ledger, folder / ADAPTER)
         except RunFailed as error:
             _failed(ledger, error)
             raise
-        shutil.rmtree(folder / SPOOL, ignore_errors=True)
         before, after = option_mass(ledger, "base"), option_mass(ledger, "shared")
         mass_ok = after is None or after >= config.score.min_option_mass
         ledger.put_run(status="completed" if mass_ok else "failed: option mass")
-        write_adapter(run.state, ledger, folder / ADAPTER)
     progress.phase("report")
     masses = "" if after is None else f"{after:.3f} at the end"
     if before is not None and after is not None:
@@ -138,8 +142,12 @@ def execute(
 
 
 def _failed(ledger: Ledger, error: FedalignError) -> None:
-    ledger.event("run-failed", str(error))
-    ledger.put_run(status=f"failed: {error}")
+    try:
+        ledger.event("run-failed", str(error))
+        ledger.put_run(status=f"failed: {error}")
+    except StorageError as full:
+        # The disk that failed the run cannot take the note either; the error itself goes on.
+        log.error("%s", full)
 
 
 class _Run:
@@ -322,15 +330,17 @@ class _Run:
 
     def _exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Push all messages now; yield replies as they come, until the round's time is over."""
-        # Flower gives no id to a message for a node that was unregistered a moment ago.
-        waiting = {i for i in self.grid.push_messages(messages) if i}
+        try:
+            waiting = link.push(self.grid, messages)
+        except link.NotSent as error:
+            raise self.strategy.not_sent(error) from error
         end = time.monotonic() + self.config.run.round_timeout
         return self._pull(waiting, end)
 
     def _pull(self, waiting: set[str], end: float) -> Iterator[Message]:
         while waiting and time.monotonic() < end:
             got = False
-            for reply in self.grid.pull_messages(list(waiting)):
+            for reply in link.pull(self.grid, waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 got = True
                 yield reply

@@ -15,15 +15,17 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedalign import wire
+from fedalign.storage import storing
 
 
 class Spool:
-    """Updates of one attempt at a round."""
+    """Updates of one attempt at a round.  ``StorageError`` where one cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         """Start empty: what an earlier, killed attempt left in ``folder`` is removed."""
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with storing(folder):
+            folder.mkdir(parents=True)
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._written = 0
@@ -31,7 +33,8 @@ class Spool:
     def write(self, client: str, update: wire.F32) -> str:
         """Store one update (P,) float32; return the SHA-256 of its bytes."""
         path = self.folder / f"{self._written:06d}.safetensors"
-        save_file({"update": np.ascontiguousarray(update)}, path)
+        with storing(path):
+            save_file({"update": np.ascontiguousarray(update)}, path)
         self._files[client] = path
         self._written += 1
         return hashlib.sha256(update.tobytes()).hexdigest()

@@ -22,4 +22,5 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     settings = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2 * LARGEST}
-    return all([library.mallopt(name, value) == 1 for name, value in settings.items()])
+    taken = [library.mallopt(name, value) == 1 for name, value in settings.items()]
+    return all(taken)

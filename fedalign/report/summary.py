@@ -27,6 +27,7 @@ from fedalign.ledger import Ledger
 from fedalign.metrics import fairness, intervals
 from fedalign.report.facts import REFERENCES, STAGES, Facts, StageFacts, gather
 from fedalign.report.policy import put_summary
+from fedalign.storage import storing
 
 LEAST_QUESTIONS = 5
 """Fewer questions than this get no interval."""
@@ -88,7 +89,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old file or the new one, never a part."""
-    try:
+    with storing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -98,8 +99,6 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise FedalignError(f"{path}: cannot be written: {error}.") from error
 
 
 def _stage(out: _Numbers, facts: Facts, stage: str, made: StageFacts) -> None:

@@ -22,8 +22,9 @@ import server.checkpoint
 import server.policy_trainer
 import server.run
 from fedalign.config import Config, from_flat
+from fedalign.errors import ResumeError, RunFailed
 from fedalign.ledger import Ledger
-from fedalign.runfolder import LEDGER, prepare
+from fedalign.runfolder import prepare
 from server.progress import LogProgress
 from server.recording import Recorder
 from server.rlhf import RewardStrategy
@@ -104,8 +105,10 @@ def configuration(folder: Path, real: bool, rewards: bool) -> Config:
     else:
         flat |= {"model.rank": 2, "model.alpha": 4.0}
     flat["run.out"] = str(folder)
-    flat["run.resume"] = (folder / LEDGER).exists()
-    return prepare(from_flat(flat))
+    try:
+        return prepare(from_flat(flat | {"run.resume": True}))
+    except ResumeError:  # it had not begun
+        return prepare(from_flat(flat))
 
 
 def main() -> None:
@@ -126,7 +129,11 @@ def main() -> None:
         app = module.numpy_app()
         server.run.build_report = lambda f: f / "report.html"  # not what is tested here
     config = configuration(folder, real, rewards)
-    server.run.execute(InProcessGrid(app, 1), config, LogProgress(), 0.01)
+    try:
+        server.run.execute(InProcessGrid(app, 1), config, LogProgress(), 0.01)
+    except RunFailed as error:  # as the commands do
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedalign.errors import FedalignError
+from fedalign.errors import FedalignError, StorageError
 from fedalign.ledger import (
     ClientRow,
     CurveRow,
@@ -32,6 +32,7 @@ from fedalign.ledger import (
     TimingRow,
     WeightRow,
     canonical_rows,
+    is_blank,
 )
 from fedalign.ledger_rows import SCHEMA, TABLES
 
@@ -243,13 +244,23 @@ def test_another_file_is_refused(tmp_path):
         Ledger(other)
 
 
+def test_a_ledger_that_was_never_made_is_blank(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.touch()
+    assert is_blank(path)  # and can be begun anew
+    with Ledger(path):
+        assert not is_blank(path)
+    path.write_bytes(b"not a database at all, but long enough to have a header" * 20)
+    assert not is_blank(path)
+
+
 def test_a_full_disk_is_an_error_and_the_ledger_goes_on(ledger):
     ledger.write("train", 1, 1, scores=[score()])
     ledger.commit("train", 1, 1)
     pages = ledger._query("PRAGMA page_count")[0][0]
     ledger._query(f"PRAGMA max_page_count = {pages + 1}")
     rows = [ItemRow("shared", "c", "g", "test", f"q{i}" * 20, 0.5) for i in range(5000)]
-    with pytest.raises(FedalignError, match="cannot write the ledger"):
+    with pytest.raises(StorageError, match=r"cannot write the ledger.*Make room"):
         ledger.write("train", 2, 1, items=rows)
     assert len(ledger.scores()) == 1
     ledger._query("PRAGMA max_page_count = 100000")

@@ -251,6 +251,24 @@ def test_forged_frames_change_nothing(start, make_home):
     assert set(reasons) <= {"frame-truncated", "bad-frame", "frame-too-large", "unknown-kind"}
 
 
+def test_nothing_is_done_for_who_has_gone(start, make_home):
+    """A trainer that hung finds requests whose askers gave up: they cost nothing."""
+    trainer = start(make_home(), *advisory())
+    trainer.wait_ready()
+    request = framed(wire.HELLO, message(to_site_json(Config()), clients=()))
+    trainer.process.send_signal(signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(trainer.home.socket))
+        connection.sendall(request)
+    trainer.process.send_signal(signal.SIGCONT)
+    assert status(trainer.ask(wire.HELLO, RecordDict())) == [wire.BAD_REQUEST]
+    assert trainer.stop() == 0
+    events = [e["event"] for e in trainer.audit()]
+    assert events.count("asker-gone") == 1
+    jobs = [e for e in trainer.audit() if e["event"] == "job"]
+    assert [j["code"] for j in jobs] == ["bad-request"]
+
+
 def test_a_flood_of_forged_frames_fills_no_disk(start, make_home):
     trainer = start(make_home(), *advisory())
     trainer.wait_ready()
