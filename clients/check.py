@@ -5,13 +5,14 @@ Reads the site's own files; sends nothing.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clients.policy_toml import load_policy
-from clients.separation import account, problems
+from clients.separation import account, cannot_run, problems
 from clients.site import Home, SiteSettings, load_settings, local_flat, own_client
 from clients.site_policy import Policy
 from fedalign.config import Config, from_flat, to_flat
@@ -156,6 +157,10 @@ def _separation(
         lines.append(f"  {_mode(home.socket)}  {home.socket}")
     open_points = problems(home, settings, trainer.uid, node.uid)
     found.enforced = not open_points
+    if os.geteuid() == 0 and (trainer_user or node_user):
+        reasons = [r for r in map(cannot_run, (trainer, node)) if r]
+        found.healthy = found.healthy and not reasons
+        lines += [f"FAIL  {reason}" for reason in reasons]
     if not open_points:
         return [*lines, "ok    code from the coordinator is kept away from the data"]
     lines.append("THE POLICY IS ADVISORY: it binds an honest coordinator only, because")

@@ -68,9 +68,10 @@ def join(
     trainer = folder / "trainer"
     typer.echo(f"site {joined.site}, group {joined.group}, key {joined.fingerprint[:16]}")
     typer.echo(f"next: write in {trainer / 'trainer.toml'} where your data are, such as")
-    typer.echo('  [data]\n  source = "pairs"\n  path = "/srv/preferences.jsonl"')
+    typer.echo('  [data]\n  source = "survey"\n  path = "/srv/fedalign/preferences.jsonl"')
     typer.echo(f"and in {trainer / 'policy.toml'} what you allow; then")
-    typer.echo("  fedalign-client check\n  fedalign-client start")
+    where = f" --home {folder}" if home else ""
+    typer.echo(f"  fedalign-client check{where}\n  fedalign-client start{where}")
 
 
 @app.command()

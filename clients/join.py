@@ -135,7 +135,7 @@ def renew(home: Path, say: Callable[[str], None] = lambda line: None) -> Joined:
         )
     identity = _identity(answer, mark, known.enrollment, _mark(new), known)
     files.confirm(identity, answer.ca_certificate, _RENEWED)
-    say(f"{identity.site} has a new key; start the node again")
+    say(f"{identity.site} has a new key; a running node takes it by itself within a minute")
     return _joined(identity, mark, again=False)
 
 

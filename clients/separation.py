@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,36 @@ def account(text: str) -> Account:
         ) from None
     groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
     return Account(entry.pw_uid, entry.pw_gid, groups, entry.pw_name, entry.pw_dir)
+
+
+def cannot_run(user: Account) -> str:
+    """Say why a user cannot run this Python and fedalign; empty where it can.  Needs root.
+
+    A virtual environment often points to a Python in somebody's home.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", "import fedalign, clients"],
+            user=user.uid,
+            group=user.gid,
+            extra_groups=user.groups,
+            cwd="/",
+            env={"PATH": os.defpath},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = error.strerror if isinstance(error, OSError) else "no answer within 60 s"
+    else:
+        if not done.returncode:
+            return ""
+        why = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason"])[-1]
+    return (
+        f"user {user.name} cannot run {Path(sys.executable).resolve()} with fedalign ({why}). "
+        "Install both where every user may read them, for instance: "
+        "/usr/bin/python3 -m venv /opt/fedalign"
+    )
 
 
 def data_files(settings: SiteSettings) -> list[Path]:

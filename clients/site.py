@@ -133,8 +133,8 @@ def load_settings(path: Path, data: Mapping[str, Any] | None = None) -> SiteSett
 
     Raises ``ConfigError`` that names the file and what is wrong.
     """
+    tables = _toml(path)
     try:
-        tables = _toml(path)
         if data:
             tables["data"] = {**tables.get("data", {}), **data}
         return parse_settings(tables)
@@ -279,7 +279,10 @@ def _toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as f:
             return tomllib.load(f)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Join first: fedalign-client join.") from None
+        raise ConfigError(
+            f"{path}: no such file. Join first (fedalign-client join), or give the site's folder "
+            "with --home."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clients.node_log import why
-from clients.separation import Account, account, problems
+from clients.separation import Account, account, cannot_run, problems
 from clients.site import Home, load_settings, node_settings
 from clients.strays import adopt, children, end_strays
 from fedalign.errors import ConfigError, FedalignError
@@ -174,6 +174,8 @@ class Supervisor:
         self._back_off = back_off
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._again: dict[str, float] = {}
+        self._ended: dict[str, int] = {}
+        """Exit code of a part's last end."""
         self._from: dict[str, int] = {}
         """Where in its log a part's last start begins."""
         self._stopping = False
@@ -235,6 +237,7 @@ class Supervisor:
             if code is None:
                 return
             del self._running[part.name]
+            self._ended[part.name] = code
             _end_group(child, signal.SIGKILL)  # whatever it started and left behind
             self._end_strays([part])
             if code in part.fatal_codes:
@@ -268,7 +271,9 @@ class Supervisor:
         """Write down what runs, for ``status``."""
         if self._logs is None:
             return
-        state = {"supervisor": os.getpid()} | {n: c.pid for n, c in self._running.items()}
+        state: dict[str, Any] = {"supervisor": os.getpid()}
+        state |= {n: c.pid for n, c in self._running.items()}
+        state |= {n: {"code": code} for n, code in self._ended.items() if n not in self._running}
         temporary = self._logs / f"{STATE}.tmp"
         temporary.write_text(json.dumps(state))
         temporary.replace(self._logs / STATE)
@@ -279,7 +284,8 @@ class Supervisor:
         known = self._others | {child.pid for child in self._running.values()}
         count = end_strays(known, users)
         if count:
-            print(f"ended {count} processes that were left behind", flush=True)
+            word = "process" if count == 1 else "processes"
+            print(f"ended {count} {word} that a part had not ended itself", flush=True)
 
     def _stop(self, _: int, __: object) -> None:
         self._stopping = True
@@ -323,6 +329,9 @@ def start(home: Home, only: str = "", trainer_user: str = "", node_user: str = "
         raise ConfigError("give both --trainer-user and --node-user, or neither.")
     trainer = account(trainer_user) if trainer_user else None
     node = account(node_user) if node_user else None
+    for user in filter(None, (trainer, node)):
+        if reason := cannot_run(user):
+            raise ConfigError(f"{reason}.")
     together = not only or node is not None
     if together:
         prepare(home, trainer, node)
@@ -334,6 +343,7 @@ def start(home: Home, only: str = "", trainer_user: str = "", node_user: str = "
     names = " and ".join(p.name for p in parts)
     print(f"starting {names}; stop with Ctrl-C or SIGTERM", flush=True)
     Supervisor(home, parts, home.logs if together else None).run()
+    print("stopped", flush=True)
 
 
 def _checked_trainer(home: Home, trainer: Account | None, node: Account | None) -> Part:

@@ -59,10 +59,14 @@ def _running(home: Home) -> list[str]:
         return ["not running (or each part on its own, without `start`)"]
     except (OSError, ValueError) as error:
         return [f"what runs cannot be read: {type(error).__name__}"]
-    return [
-        f"  {name:<11} {'runs' if _alive(pid) else 'gone'}, process {pid}"
-        for name, pid in state.items()
-    ]
+    return [f"  {name:<11} {_condition(home, name, found)}" for name, found in state.items()]
+
+
+def _condition(home: Home, name: str, found: object) -> str:
+    if isinstance(found, int):
+        return f"{'runs' if _alive(found) else 'gone'}, process {found}"
+    code = found.get("code") if isinstance(found, dict) else None
+    return f"DOWN, ended with code {code}, is started again; why: {home.logs / name}.log"
 
 
 def _alive(pid: int) -> bool:

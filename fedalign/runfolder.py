@@ -23,6 +23,8 @@ SUMMARY = "summary.json"
 ADAPTER = "adapter"
 PERSONAL = "personal"
 SPOOL = "spool"
+NO_OPTION_MASS = "failed: option mass"
+"""Status of a run that was done to its end with a model that does not answer."""
 
 
 def data_directory() -> Path:

@@ -258,6 +258,7 @@ def _submit(coordinator: Coordinator, config: Config, name: str) -> None:
     watcher = Watcher(coordinator.runs / name)
     submission = submit(coordinator, admin, config, name)
     typer.echo(f"run '{name}' ({submission.run_id}): {coordinator.runs / name}")
+    typer.echo("Flower starts the ServerApp, which asks the sites: this takes half a minute")
     report = follow(coordinator, admin, submission, watcher, typer.echo)
     typer.echo(f"report   {report}")
     typer.echo(f"adapter  {report.parent / 'adapter'}")

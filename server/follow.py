@@ -14,7 +14,7 @@ from pathlib import Path
 from fedalign.compat import RunState
 from fedalign.errors import FedalignError, RunFailed
 from fedalign.ledger import Ledger, is_blank
-from fedalign.runfolder import LEDGER, REPORT
+from fedalign.runfolder import LEDGER, NO_OPTION_MASS, REPORT
 from server.coordinator import Coordinator
 from server.status_words import printable
 from server.submit import Submission, stored_config
@@ -96,13 +96,22 @@ def follow(
             word = "Flower was asked to stop the run" if stopped else "the run was over already"
         except AdminUnavailable:
             word = "the SuperLink does not answer, so the run may go on"
-        again = "resume" if watcher.began() else "run --name"
-        raise Interrupted(
-            f"interrupted; {word}. Again: fedalign-server {again} {submission.name}"
-        ) from None
+        again = f"resume {submission.name}"
+        if not watcher.began():
+            again = f"run --name {submission.name}, with the same settings (nothing was recorded)"
+        raise Interrupted(f"interrupted; {word}. Again: fedalign-server {again}") from None
     for line in watcher.news():
         say(line)
     status = watcher.status()
+    if status == NO_OPTION_MASS:
+        raise RunFailed(
+            f"run '{submission.name}' was done to its end, and the model puts less of its "
+            "probability on the answers than score.min-option-mass asks: it does not know these "
+            "questions' format, so its scores mean little. What there is:\n"
+            f"report: {coordinator.runs / submission.name / REPORT}\n"
+            "Resuming changes nothing. Take a base model that knows the format, or train a pocket "
+            "on your questions (docs/pocket.md), and let the sites' policies list it."
+        )
     if state.status != "finished:completed" or status != "completed":
         reason = status.removeprefix("failed: ") if status.startswith("failed") else state.details
         again = "resume" if watcher.began() else "run --name"

@@ -33,7 +33,7 @@ from fedalign.config import Config, config_hash, resolve_metric, to_flat
 from fedalign.errors import FedalignError, ResumeError, RunFailed, StorageError
 from fedalign.ledger import Ledger
 from fedalign.report.html import build_report
-from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, SPOOL
+from fedalign.runfolder import ADAPTER, CHECKPOINT, LEDGER, NO_OPTION_MASS, SPOOL
 from server import checkpoint as checkpoints
 from server import link
 from server.asking import QuorumMissed
@@ -133,7 +133,7 @@ def execute(
             raise
         before, after = option_mass(ledger, "base"), option_mass(ledger, "shared")
         mass_ok = after is None or after >= config.score.min_option_mass
-        ledger.put_run(status="completed" if mass_ok else "failed: option mass")
+        ledger.put_run(status="completed" if mass_ok else NO_OPTION_MASS)
     progress.phase("report")
     masses = "" if after is None else f"{after:.3f} at the end"
     if before is not None and after is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedalign.runfolder import NO_OPTION_MASS
 from server.status_records import Attention, Status
 from server.status_words import DAY, HOUR, ago, progress, size, span, time_word
 
@@ -105,11 +106,14 @@ def _run(status: Status) -> list[Attention]:
     ]
     if status.runs and status.runs[0].status == "failed":
         last_run = status.runs[0]
+        remedy = f"Mend the cause, then: fedalign-server resume {last_run.name}"
+        if last_run.reason == NO_OPTION_MASS.removeprefix("failed: "):
+            remedy = "Its report is there; take a base model that knows the questions' format"
         found.append(
             Attention(
                 "failed",
                 f"Run {last_run.name} {progress(last_run)}: {last_run.reason}",
-                f"Mend the cause, then: fedalign-server resume {last_run.name}",
+                remedy,
             )
         )
     for b in status.runs[:1]:

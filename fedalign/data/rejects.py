@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from fedalign.data.records import BadRow
 from fedalign.errors import DataError
 
-HINT = "Correct the row, or use --set data.skip-bad=true, which leaves bad rows out and lists them."
+HINT = (
+    "Correct the row, or leave bad rows out, listed: --set data.skip-bad=true (at a site: "
+    "skip-bad = true under [data] of trainer.toml)."
+)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from clients.cli import app
 from clients.policy_toml import parse_policy
 from clients.site import Home
 from clients.site_policy import Policy
+from clients.start import STATE
 from fedalign.audit import AuditLog
 
 ME = str(os.geteuid())
@@ -116,3 +118,10 @@ def test_status(make_home):
     assert "1000 of 1000 left" in done.stdout
     assert "kind=train.round code=ok seconds=1.5" in done.stdout
     assert not home.budget.exists()
+    home.logs.mkdir(exist_ok=True)
+    state = {"supervisor": os.getpid(), "supernode": {"code": 305}}
+    (home.logs / STATE).write_text(json.dumps(state))
+    said = CliRunner().invoke(app, ["status", "--home", str(home.path)]).stdout
+    assert f"supervisor  runs, process {os.getpid()}" in said
+    assert "supernode   DOWN, ended with code 305" in said
+    assert "supernode.log" in said

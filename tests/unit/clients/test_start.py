@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.separation import account, problems, readable_by_others
+from clients.check import check
+from clients.separation import account, cannot_run, problems, readable_by_others
 from clients.site import Home, load_settings
 from clients.start import STATE, Part, Supervisor, node_part, prepare, start, trainer_part
 from fedalign.errors import ConfigError, FedalignError
@@ -225,6 +226,25 @@ def test_readable_by_others_looks_at_the_whole_path(short_tmp):
     assert readable_by_others(outside)
     outside.chmod(0o600)
     assert not readable_by_others(outside)
+
+
+@needs_root
+def test_a_user_who_cannot_run_this_python_is_named(make_home, short_tmp, monkeypatch):
+    """As a virtual environment whose Python lies in somebody's home."""
+    user = account("61001")
+    closed = short_tmp / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "python3").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(closed / "python3"))
+    assert cannot_run(user).startswith("user 61001 cannot run ")
+    home = Home(make_home())
+    owner = home.trainer.stat().st_uid
+    with pytest.raises(ConfigError, match=r"cannot run .* /opt/fedalign"):
+        start(home, trainer_user="61001", node_user="61002")
+    assert home.trainer.stat().st_uid == owner  # nothing was given away
+    found = check(home, trainer_user="61001", node_user="61002")
+    assert not found.healthy
+    assert any(line.startswith("FAIL  user 61001 cannot run") for line in found.lines)
 
 
 def test_one_user_is_advisory(make_home):

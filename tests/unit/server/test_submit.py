@@ -15,7 +15,7 @@ from fedalign.compat import RunState
 from fedalign.config import Config, flatten, from_flat, to_flat
 from fedalign.errors import ConfigError, DataError, ResumeError, RunFailed
 from fedalign.ledger import Ledger, ScoreRow
-from fedalign.runfolder import LEDGER
+from fedalign.runfolder import LEDGER, NO_OPTION_MASS
 from server import follow as following
 from server import submit as submitting
 from server.bundle import BundleRefused
@@ -255,7 +255,6 @@ def test_progress_is_told_once_and_the_report_at_the_end(coordinator: Coordinato
         ("finished:failed", "failed: quorum missed", "quorum missed"),
         ("finished:stopped", "running", "finished:stopped"),
         ("finished:completed", "running", "no reason given"),
-        ("finished:completed", "failed: option mass", "option mass"),
     ],
 )
 def test_only_what_both_call_completed_is(
@@ -267,6 +266,16 @@ def test_only_what_both_call_completed_is(
         follow(coordinator, Admin(flower_says), RUN, watcher, print)
     assert failed.value.exit_code == 5
     assert "fedalign-server resume first" in str(failed.value)
+
+
+def test_a_model_that_does_not_answer_is_told_apart(coordinator: Coordinator) -> None:
+    begin(coordinator, "first", status=NO_OPTION_MASS)
+    watcher = Watcher(coordinator.runs / "first")
+    with pytest.raises(RunFailed, match=r"min-option-mass") as failed:
+        follow(coordinator, Admin("finished:failed"), RUN, watcher, print)
+    assert failed.value.exit_code == 5
+    assert str(coordinator.runs / "first" / "report.html") in str(failed.value)
+    assert "resume first" not in str(failed.value)
 
 
 def test_a_run_that_wrote_nothing_did_not_complete(coordinator: Coordinator) -> None:
