@@ -1,6 +1,6 @@
 """Cost and memory against the number of clients, with the in-process grid.
 
-    python benchmarks/scaling.py [--clients 8,64,512] [--out scaling.json]
+    python benchmarks/scaling.py [--clients 8,64,256,1000] [--out scaling.json]
 
 Every size is a fresh process.  Client i holds ten questions of its own (six train, two validation,
 two test), taken in turn from the default world with the client's number in the text, so the work of
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,9 @@ from fedalign.data.records import SurveyItem
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+FULL = 64
+"""Clients of a full message, and of a full cohort on a processor."""
 
 
 def write_survey(root: Path, clients: int) -> Path:
@@ -44,7 +46,8 @@ def write_survey(root: Path, clients: int) -> Path:
             for k, role in enumerate(roles):
                 item = items[(10 * c + k) % len(items)]
                 row = {
-                    "question": f"{item.question} (panel {c})",
+                    # The number k too: a question has one role whatever its options.
+                    "question": f"{item.question} (panel {c}, question {k})",
                     "options": list(item.options),
                     "group": group,
                     "shares": list(item.shares[group]),
@@ -53,6 +56,14 @@ def write_survey(root: Path, clients: int) -> Path:
                 }
                 f.write(json.dumps(row) + "\n")
     return path
+
+
+def peak_mb() -> float:
+    """Return the peak resident memory of this process; ``ru_maxrss`` would hold the parent's."""
+    (line,) = [
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")
+    ]
+    return int(line.split()[1]) / 1024
 
 
 def one(clients: int, trace: bool) -> dict[str, float]:
@@ -117,7 +128,7 @@ def one(clients: int, trace: bool) -> dict[str, float]:
         "round_s": seconds["collect"] + seconds["aggregate"],
         "aggregate_s": seconds["aggregate"],
         "ms_per_client": 1000 * (seconds["collect"] + seconds["aggregate"]) / n,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(),
         **({"server_held_mb": max(held) / 2**20} if held else {}),
     }
 
@@ -125,7 +136,7 @@ def one(clients: int, trace: bool) -> dict[str, float]:
 def main() -> None:
     """Measure every size in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", default="8,64,512")
+    parser.add_argument("--clients", default="8,64,256,1000")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -143,10 +154,13 @@ def main() -> None:
         results.append(measured)
         print(json.dumps(results[-1]), file=sys.stderr)
     first, last = results[0], results[-1]
+    full = next((r for r in results if r["clients"] >= FULL), last)
     text = json.dumps(
         {
             "sizes": results,
             "cost_per_client_last_over_first": last["ms_per_client"] / first["ms_per_client"],
+            # Flat is meant from the first size that fills a message and a cohort.
+            "cost_per_client_last_over_first_full": last["ms_per_client"] / full["ms_per_client"],
             "peak_last_minus_first_mb": last["peak_mb"] - first["peak_mb"],
         },
         indent=1,

@@ -238,9 +238,8 @@ def _pass(
 
 def _pass_tokens(resident: ResidentModel, step: Sequence[Sequence[Question]]) -> int:
     """Return how many padded tokens a pass may hold."""
-    if resident.device.type == "cpu":
-        return PASS_TOKENS
     # Scored positions of one prompt over its tokens, at most, bounds the logits of a pass.
     dense = max(len(x.rows.where) / x.rows.tokens for own in step for x in own)
     vocabulary = output_head(resident.network).weight.shape[0]
-    return min(ROW_TOKENS, max(1, int(HEAD_VALUES / (vocabulary * dense))))
+    most = PASS_TOKENS if resident.device.type == "cpu" else ROW_TOKENS
+    return min(most, max(1, int(HEAD_VALUES / (vocabulary * dense))))

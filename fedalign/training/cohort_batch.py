@@ -21,8 +21,8 @@ import torch
 from fedalign.training.examples import Label
 from fedalign.training.rows import PromptRows
 
-PASS_TOKENS = 8192
-"""Padded tokens of one pass on a CPU: larger ones fall out of the processor's caches."""
+PASS_TOKENS = 16_384
+"""Padded tokens of one pass on a CPU: half as many take a tenth longer, and more gain little."""
 
 
 @dataclass(frozen=True)
