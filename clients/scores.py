@@ -19,12 +19,19 @@ from fedalign.errors import WireError
 from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
+from fedalign.training.cohort_score import score_pairs_each, score_survey_each
 from fedalign.training.reference import ReferenceKind, reference_logps
-from fedalign.training.score import pair_prompts, score_pairs, score_survey
+from fedalign.training.score import (
+    Floats,
+    SurveyAnswer,
+    pair_prompts,
+    score_pairs,
+    score_survey,
+)
 
 
 class Scorer:
-    """Scores whatever adapter is loaded, for the clients of one process."""
+    """Scores the adapter that is loaded, or adapters of the clients' own, in one process."""
 
     def __init__(
         self,
@@ -48,7 +55,45 @@ class Scorer:
             return self._text_scores(tasks)
         if self._survey:
             return self._survey_scores(tasks)
-        return {(c, split): self._pair_score(c, split) for c, split in tasks}
+        return {task: self._pair_scores(task) for task in tasks}
+
+    def together(self, count: int) -> bool:
+        """Return whether ``count`` adapters are scored as one batch: letters and pairs are."""
+        letter = self.config.rewards.task == "letter"
+        return letter and count > 1 and self.config.local.cohort_size != 1
+
+    def own_scores(
+        self, tasks: Sequence[tuple[str, str]], adapters: Sequence[Array]
+    ) -> list[wire.Score | None]:
+        """Score an adapter of its own for each (client, split); the result of each, in order.
+
+        As :meth:`scores` with one adapter after another loaded, up to rounding.
+        """
+        local = self.config.local
+        if not self.together(len(tasks)):
+            found = []
+            for task, adapter in zip(tasks, adapters, strict=True):
+                self.model.load(adapter)
+                found.append(self.scores([task])[task])
+            return found
+        if self._survey:
+            items = [[i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks]
+            asked = [[(i.question, i.options) for i in own] for own in items]
+            answers = score_survey_each(self.model, adapters, asked, local)
+            return [
+                self._survey_score(task, own, dict(zip(questions, given, strict=True)))
+                for task, own, questions, given in zip(tasks, items, asked, answers, strict=True)
+            ]
+        pairs = [[p for p in self._items(*t) if isinstance(p, Pair)] for t in tasks]
+        references = [
+            self._pair_reference(t, own) if own else None
+            for t, own in zip(tasks, pairs, strict=True)
+        ]
+        margins = score_pairs_each(self.model, adapters, pairs, local, references)
+        return [
+            self._pair_score(task, own, found)
+            for task, own, found in zip(tasks, pairs, margins, strict=True)
+        ]
 
     def _text_scores(
         self, tasks: Sequence[tuple[str, str]]
@@ -82,48 +127,61 @@ class Scorer:
             dict.fromkeys((i.question, i.options) for own in items.values() for i in own)
         )
         answers = dict(zip(distinct, score_survey(self.model, distinct), strict=True))
-        found: dict[tuple[str, str], wire.Score | None] = {}
-        for task, own in items.items():
-            group = self.clients[task[0]].group
-            own = [i for i in own if is_defined(self.metric, i.ordinals)]
-            if not own:
-                found[task] = None
-                continue
-            truth = [i.shares[group] for i in own]
-            ordinals = [i.ordinals for i in own]
-            found_answers = [answers[(i.question, i.options)] for i in own]
-            predicted = [a.probabilities for a in found_answers]
-            even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
-            values = _defined(score_questions(self.metric, predicted, truth, ordinals))
-            found[task] = wire.Score(
-                score=float(np.mean(values)),
-                n=len(values),
-                option_mass=float(np.mean([a.option_mass for a in found_answers])),
-                uniform=float(
-                    np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))
-                ),
-                items=self._reported(task[1], [i.key for i in own], values),
-            )
-        return found
+        return {task: self._survey_score(task, own, answers) for task, own in items.items()}
 
-    def _pair_score(self, client: str, split: str) -> wire.Score | None:
-        pairs = [p for p in self._items(client, split) if isinstance(p, Pair)]
+    def _survey_score(
+        self,
+        task: tuple[str, str],
+        items: Sequence[SurveyItem],
+        answers: Mapping[tuple[str, tuple[str, ...]], SurveyAnswer],
+    ) -> wire.Score | None:
+        group = self.clients[task[0]].group
+        own = [i for i in items if is_defined(self.metric, i.ordinals)]
+        if not own:
+            return None
+        truth = [i.shares[group] for i in own]
+        ordinals = [i.ordinals for i in own]
+        found = [answers[(i.question, i.options)] for i in own]
+        even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
+        values = _defined(
+            score_questions(self.metric, [a.probabilities for a in found], truth, ordinals)
+        )
+        return wire.Score(
+            score=float(np.mean(values)),
+            n=len(values),
+            option_mass=float(np.mean([a.option_mass for a in found])),
+            uniform=float(np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))),
+            items=self._reported(task[1], [i.key for i in own], values),
+        )
+
+    def _pair_scores(self, task: tuple[str, str]) -> wire.Score | None:
+        pairs = [p for p in self._items(*task) if isinstance(p, Pair)]
         if not pairs:
             return None
-        key = (client, split)
-        if key not in self._pair_references:
+        reference = self._pair_reference(task, pairs)
+        margins = score_pairs(self.model, pairs, self.config.local, reference)
+        return self._pair_score(task, pairs, margins)
+
+    def _pair_reference(self, task: tuple[str, str], pairs: Sequence[Pair]) -> Array | None:
+        if task not in self._pair_references:
             loaded = self.model.read()
             prompts = pair_prompts(self.model, pairs)
-            self._pair_references[key] = reference_logps(self.model, prompts, self._kind)
+            self._pair_references[task] = reference_logps(self.model, prompts, self._kind)
             self.model.load(loaded)
-        margins = score_pairs(self.model, pairs, self.config.local, self._pair_references[key])
+        return self._pair_references[task]
+
+    def _pair_score(
+        self, task: tuple[str, str], pairs: Sequence[Pair], margins: Floats
+    ) -> wire.Score | None:
+        if not pairs:
+            return None
         values = [float(v) for v in pair_accuracy(margins, [p.vote_share for p in pairs])]
         return wire.Score(
             score=float(np.mean(values)),
             n=len(values),
             option_mass=1.0,
             uniform=0.5,
-            items=self._reported(split, [p.comparison for p in pairs], values),
+            items=self._reported(task[1], [p.comparison for p in pairs], values),
         )
 
     def _reported(

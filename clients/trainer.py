@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import metadata
@@ -37,6 +37,7 @@ from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
 from fedalign.randomness import Key
 from fedalign.training.cohort import train_cohort
+from fedalign.training.cohort_ppo import train_ppo_cohort
 from fedalign.training.examples import TrainingSet, training_set
 from fedalign.training.local_ppo import PolicyJob, train_ppo
 from fedalign.training.loop import TrainJob, TrainResult, round_learning_rate, train
@@ -200,24 +201,22 @@ class ResidentTrainer:
                 for n in known
             ]
         trained = self._train(jobs)
+        own: dict[str, dict[str, Array]] = {}
+        for name in known:
+            results = [r for r in trained if r.client == name]
+            if all(r.adapter is not None for r in results):
+                own[name] = self._stage_adapters(results, settings.steps)
+                keep_personal_adapter(self.config, places[name], name, own[name]["personal"])
+        scores = self._own_scores({(n, stage): own[n][stage] for n in own for stage in stages})
         replies = []
         for name in names:
-            if name in unknown:
-                replies.append(wire.ScoreReply(name, wire.UNKNOWN_CLIENT, {}))
-                continue
-            results = [r for r in trained if r.client == name]
-            if any(r.adapter is None for r in results):
-                replies.append(wire.ScoreReply(name, wire.NON_FINITE, {}))
-                continue
-            adapters = self._stage_adapters(results, settings.steps)
-            keep_personal_adapter(self.config, places[name], name, adapters["personal"])
-            scores = {}
-            for stage in stages:
-                self.model.load(adapters[stage])
-                score = self.scorer.scores([(name, "test")])[(name, "test")]
-                if score is not None:
-                    scores[stage] = score
-            replies.append(wire.ScoreReply(name, wire.OK, scores))
+            if name in own:
+                found = {stage: scores[(name, stage)] for stage in stages}
+                given = {stage: score for stage, score in found.items() if score is not None}
+                replies.append(wire.ScoreReply(name, wire.OK, given))
+            else:
+                status = wire.UNKNOWN_CLIENT if name in unknown else wire.NON_FINITE
+                replies.append(wire.ScoreReply(name, status, {}))
         return replies, stages
 
     def exchange(
@@ -280,7 +279,11 @@ class ResidentTrainer:
     def _train(self, jobs: Sequence[TrainJob | PolicyJob]) -> list[TrainResult]:
         seed, local = self.config.run.seed, self.config.local
         sampling = [j for j in jobs if isinstance(j, PolicyJob)]
+        together = local.cohort_size != 1 and len(jobs) > 1
         if local.objective == "ppo":
+            if together:
+                with _threads(max(1, local.threads)):
+                    return train_ppo_cohort(self.model, sampling, self.config, seed)
             return train_ppo(self.model, sampling, self.config, seed)
         if local.objective != "dpo":
             from fedalign.training.trl_onpolicy import train_onpolicy
@@ -291,10 +294,20 @@ class ResidentTrainer:
             from fedalign.training.trl_engine import train_trl
 
             return train_trl(self.model, comparing, local, seed)
-        if local.cohort_size != 1 and len(comparing) > 1:
+        if together:
             with _threads(max(1, local.threads)):
                 return train_cohort(self.model, comparing, local, seed)
         return train(self.model, comparing, local, seed)
+
+    def _own_scores(
+        self, adapters: Mapping[tuple[str, str], Array]
+    ) -> dict[tuple[str, str], wire.Score | None]:
+        """Return the test score of each (client, stage) under its own adapter."""
+        tasks = [(name, "test") for name, _ in adapters]
+        together = self.scorer.together(len(tasks))
+        with _threads(max(1, self.config.local.threads) if together else 1):
+            found = self.scorer.own_scores(tasks, list(adapters.values()))
+        return dict(zip(adapters, found, strict=True))
 
     @staticmethod
     def _stage_adapters(results: Sequence[TrainResult], steps: int) -> dict[str, Array]:

@@ -27,8 +27,8 @@ import torch
 
 from fedalign.errors import ConfigError
 from fedalign.models.base import ResidentModel
-from fedalign.training.batch import logits_of
-from fedalign.training.cohort_batch import CohortBatch
+from fedalign.training.batch import HEAD_VALUES, ROW_TOKENS, logits_of, output_head
+from fedalign.training.cohort_batch import PASS_TOKENS, CohortBatch
 from fedalign.training.stack import AdapterStack
 
 
@@ -91,6 +91,27 @@ class StackedLayers:
         finally:
             for layer in self._adapted.values():
                 layer.__dict__.pop("forward", None)
+
+
+def token_logps(logits: torch.Tensor, slot: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each scored token: (N,) float32, nats.
+
+    ``logits`` (S, vocabulary); ``slot`` (N,) into S; ``token`` (N,).
+    """
+    every = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    # ``index_select``: the gradient of x[index] is summed in no order.
+    return every.view(-1).index_select(0, slot * every.shape[1] + token)
+
+
+def pass_tokens(resident: ResidentModel, dense: float) -> int:
+    """Return how many padded tokens a pass may hold.
+
+    ``dense`` is the largest number of scored positions a token of any prompt; it bounds the logits.
+    """
+    if resident.device.type == "cpu":
+        return PASS_TOKENS
+    vocabulary = output_head(resident.network).weight.shape[0]
+    return min(ROW_TOKENS, max(1, int(HEAD_VALUES / (vocabulary * dense))))
 
 
 def adapted_layers(resident: ResidentModel) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def generate(
         if isinstance(seed, int)
         else seed
     )
-    _check(resident, prompts, samples, limits, seeds)
+    check_request(resident, prompts, samples, limits, seeds)
     ends = end_tokens(resident) if stop_at_eos else frozenset()
     places: dict[tuple[Ids, int], list[int]] = {}
     for place, key in enumerate(zip(prompts, limits, strict=True)):
@@ -85,8 +85,13 @@ def generate(
             copies = [len(places[keys[k]]) * samples for k in chosen]
             uniforms = None
             if not greedy:
-                uniforms = _uniforms([(seeds[p], limits[p]) for p in order], samples)
-            made = _sample(resident, [keys[k] for k in chosen], copies, ends, uniforms)
+                uniforms = uniform_table([(seeds[p], limits[p]) for p in order], samples)
+            made, broken = write(resident, [keys[k] for k in chosen], copies, ends, uniforms)
+            if broken:
+                raise RunFailed(
+                    "the policy's logits are not finite while it writes. Lower ppo.learning-rate, "
+                    "or run with model.dtype = float32."
+                )
             for row, place in enumerate(order):
                 texts[place] = made[row * samples : (row + 1) * samples]
     return [text for place in range(len(prompts)) for text in texts[place]]
@@ -100,7 +105,7 @@ def end_tokens(resident: ResidentModel) -> frozenset[int]:
     return frozenset(known)
 
 
-def _uniforms(draws: Sequence[tuple[int, int]], samples: int) -> Uniforms:
+def uniform_table(draws: Sequence[tuple[int, int]], samples: int) -> Uniforms:
     """Return numbers in [0, 1) for (seed, limit) of each prompt: (prompts * samples, tokens)."""
     table = np.zeros((len(draws), samples, max(limit for _, limit in draws)))
     for row, (seed, limit) in enumerate(draws):
@@ -108,14 +113,25 @@ def _uniforms(draws: Sequence[tuple[int, int]], samples: int) -> Uniforms:
     return table.reshape(len(draws) * samples, -1)
 
 
-def _sample(
+def write(
     resident: ResidentModel,
     keys: Sequence[tuple[Ids, int]],
     copies: Sequence[int],
     ends: frozenset[int],
     uniforms: Uniforms | None,
-) -> list[tuple[Ids, bool]]:
-    """Return ``copies`` texts for each (prompt, limit); ``uniforms`` (texts, tokens), or greedy."""
+) -> tuple[list[tuple[Ids, bool]], list[int]]:
+    """Return ``copies`` texts for each (prompt, limit), and those cut off at broken logits.
+
+    Args:
+        resident: what writes; no gradients must be recorded.
+        keys: prompts and their limits of new tokens.
+        copies: texts of each.
+        ends: tokens that end a text.
+        uniforms: (texts, tokens) of :func:`uniform_table`; None writes greedily.
+
+    The second list holds the numbers of texts whose logits were not finite: such a text stops
+    there, with a token that means nothing.
+    """
     network, device = resident.network, resident.device
     prefixes = left_padded([ids for ids, _ in keys], device)
     _, logits, cache = prefill(network, prefixes)
@@ -131,13 +147,14 @@ def _sample(
     columns: list[torch.Tensor] = []
     lengths = torch.zeros(len(spread), dtype=torch.int64, device=device)
     ended = torch.zeros_like(alive)
+    broken = torch.zeros_like(alive)
     while True:
-        if not bool(torch.isfinite(logits).all()):
-            raise RunFailed(
-                "the policy's logits are not finite while it writes. Lower ppo.learning-rate, or "
-                "run with model.dtype = float32."
-            )
-        token = _draw(logits, None if draws is None else draws[:, len(columns)])
+        finite = torch.isfinite(logits).all(dim=-1)
+        if not bool(finite.all()):
+            broken |= ~finite
+            alive = alive & finite
+            logits = torch.where(finite.unsqueeze(1), logits, 0.0)
+        token = draw(logits, None if draws is None else draws[:, len(columns)])
         columns.append(token)
         lengths += alive
         stopped = alive & torch.isin(token, stops)
@@ -146,7 +163,7 @@ def _sample(
         if not bool(alive.any()):
             break
         attention = torch.cat([attention, torch.ones_like(position)], dim=1)
-        position = position + 1
+        position = position + alive.unsqueeze(1)  # texts that are over stay within the model
         _, logits = logits_of(
             network,
             every,
@@ -157,13 +174,14 @@ def _sample(
             use_cache=True,
         )
     tokens = torch.stack(columns, dim=1).tolist()
-    return [
+    texts = [
         (tuple(row[:length]), end)
         for row, length, end in zip(tokens, lengths.tolist(), ended.tolist(), strict=True)
     ]
+    return texts, torch.nonzero(broken).squeeze(1).tolist()
 
 
-def _draw(logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
     """Return one token a row, (rows,) int64, from logits (rows, vocabulary) and numbers (rows,)."""
     if uniforms is None:
         return logits.argmax(dim=-1)
@@ -194,7 +212,7 @@ def _passes(
     return passes
 
 
-def _check(
+def check_request(
     resident: ResidentModel,
     prompts: Sequence[Ids],
     samples: int,

@@ -20,7 +20,7 @@ cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,9 +34,12 @@ from fedalign.models.layout import Array
 from fedalign.randomness import Key, generator, keyed_seed
 from fedalign.rewards.text import reward
 from fedalign.training import policy, tasks
+from fedalign.training.encode import Ids
 from fedalign.training.generate import generate
 from fedalign.training.loop import TrainResult
 from fedalign.training.policy_tokens import forward_tokens
+
+DIVERGED, NOT_FINITE = "divergence_above_max_kl", "loss_not_finite"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,117 @@ class Scored:
     """(N,) bool."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Questions that are asked and learnt from together."""
+
+    settings: PpoConfig
+    """With the epochs and minibatches of this batch."""
+    asked: list[SurveyItem]
+    prompts: list[Ids]
+    """Of each question."""
+    longest: list[int]
+    """Limit of an answer's tokens, of each question."""
+    draws: int
+    """Seed of the texts."""
+    key: tuple[Key, ...]
+    """Of the order of minibatches."""
+
+
+class Course:
+    """One job under way: which questions it asks next, what it has counted, what comes of it.
+
+    Attributes:
+        job: the job.
+        items: the questions it learns from.
+        done, batch, tokens: updates, batches and tokens so far.
+    """
+
+    def __init__(self, resident: ResidentModel, job: PolicyJob, config: Config, seed: int) -> None:
+        """Raise ``ConfigError``, ``WireError`` or ``DataError`` for a job that cannot be run."""
+        check_policy_job(job)
+        self.job = job
+        self.items = learnable(job, config)
+        self.done = self.batch = self.tokens = 0
+        self._resident, self._config, self._seed = resident, config, seed
+        self._questions = question_stream(len(self.items), seed, job.key)
+        self._history: dict[str, list[float]] = {}
+        self._snapshots: dict[int, Array] = {}
+
+    def next(self) -> Batch:
+        """Return the next batch; the stream of questions moves on."""
+        until = min(s for s in (*self.job.snapshots, self.job.steps) if s > self.done)
+        settings = next_batch(self._config.ppo, until - self.done)
+        size = min(settings.minibatches * settings.questions, len(self.items))
+        asked = [self.items[next(self._questions)] for _ in range(size)]
+        resident, task = self._resident, self._config.rewards.task
+        key = (*self.job.key, self.batch)
+        return Batch(
+            settings,
+            asked,
+            [tasks.task_prompt(resident, task, i.question, i.options) for i in asked],
+            [tasks.max_new_tokens(resident, task, i.options) for i in asked],
+            keyed_seed(self._seed, "local-texts", *key),
+            ("local-ppo", *key),
+        )
+
+    def read(
+        self, batch: Batch, sampled: Sequence[tuple[Ids, bool]]
+    ) -> tuple[policy.Episodes, Scored]:
+        """Return the sampled texts, question-major, and their rewards."""
+        samples = self._config.ppo.samples
+        known = {
+            key: tasks.decode(self._resident, self._config.rewards.task, *key)
+            for key in set(sampled)
+        }
+        scored = score_texts(
+            self._config, self.job.group, batch.asked, [known[key] for key in sampled]
+        )
+        repeated = tuple(p for p in batch.prompts for _ in range(samples))
+        return policy.Episodes(repeated, tuple(tokens for tokens, _ in sampled)), scored
+
+    def record(
+        self,
+        batch: Batch,
+        episodes: policy.Episodes,
+        scored: Scored,
+        kl: float,
+        values: Mapping[str, float],
+        adapter: Callable[[], Array],
+    ) -> None:
+        """Note a batch that is over; ``values`` are those of ``policy.improve``."""
+        updates = int(values["updates"])
+        self.tokens += forward_tokens(self._resident, episodes, batch.settings.questions, updates)
+        self.done += updates
+        self.batch += 1
+        for name, value in {
+            "loss": values["policy-loss"],
+            "value_loss": values["value-loss"],
+            "clip_fraction": values["clip-fraction"],
+            "grad_norm": values["grad-norm"],
+            "reward": float(scored.rewards.mean()),
+            "format_rate": float(scored.well_formed.mean()),
+            "kl": kl,
+        }.items():
+            self._history.setdefault(name, []).append(value)
+        if self.done in self.job.snapshots:
+            self._snapshots[self.done] = adapter()
+
+    def failed(self, code: str) -> TrainResult:
+        """Return a recorded failure."""
+        return TrainResult(self.job.client, None, {}, self.done, code)
+
+    def result(self, adapter: Array) -> TrainResult:
+        """Return what came of the job, whose last adapter this is."""
+        if not np.isfinite(adapter).all():
+            return self.failed("adapter_not_finite")
+        history = self._history
+        summary = {name: float(np.mean(series)) for name, series in history.items()}
+        summary |= {"loss_first": history["loss"][0], "loss_last": history["loss"][-1]}
+        summary["tokens"] = float(self.tokens)
+        return TrainResult(self.job.client, adapter, summary, self.done, snapshots=self._snapshots)
+
+
 def train_ppo(
     resident: ResidentModel, jobs: Sequence[PolicyJob], config: Config, seed: int
 ) -> list[TrainResult]:
@@ -85,61 +199,35 @@ def train_ppo(
 
 
 def _train_one(resident: ResidentModel, job: PolicyJob, config: Config, seed: int) -> TrainResult:
-    check_policy_job(job)
-    items = learnable(job, config)
-    questions = question_stream(len(items), seed, job.key)
+    course = Course(resident, job, config, seed)
     state = policy.start(resident, job.adapter, config.ppo, config.ppo.kl)
-    history: dict[str, list[float]] = {}
-    snapshots: dict[int, Array] = {}
-    done = batch = tokens = 0
-    while done < job.steps:
-        until = min(s for s in (*job.snapshots, job.steps) if s > done)
-        settings = next_batch(config.ppo, until - done)
-        size = min(settings.minibatches * settings.questions, len(items))
-        asked = [items[next(questions)] for _ in range(size)]
+    while course.done < job.steps:
+        batch = course.next()
         resident.load(state.adapter)
         try:
-            episodes, texts = _sample(resident, asked, config, seed, (*job.key, batch))
-            scored = score_texts(config, job.group, asked, texts)
+            sampled = generate(
+                resident, batch.prompts, config.ppo.samples, batch.longest, batch.draws
+            )
+            episodes, scored = course.read(batch, sampled)
             measured = policy.measure(resident, state, episodes)
             kl = float(np.mean(measured.kl))
             if kl > config.ppo.max_kl:
-                return TrainResult(job.client, None, {}, done, "divergence_above_max_kl")
+                return course.failed(DIVERGED)
             state, values = policy.improve(
                 resident,
                 state,
                 episodes,
                 measured,
                 scored.rewards,
-                settings,
+                batch.settings,
                 seed,
-                ("local-ppo", *job.key, batch),
+                batch.key,
                 learning_rate=job.learning_rate,
             )
         except RunFailed:
-            return TrainResult(job.client, None, {}, done, "loss_not_finite")
-        updates = int(values["updates"])
-        tokens += forward_tokens(resident, episodes, settings.questions, updates)
-        done += updates
-        batch += 1
-        for name, value in {
-            "loss": values["policy-loss"],
-            "value_loss": values["value-loss"],
-            "clip_fraction": values["clip-fraction"],
-            "grad_norm": values["grad-norm"],
-            "reward": float(scored.rewards.mean()),
-            "format_rate": float(scored.well_formed.mean()),
-            "kl": kl,
-        }.items():
-            history.setdefault(name, []).append(value)
-        if done in job.snapshots:
-            snapshots[done] = state.adapter.copy()
-    if not np.isfinite(state.adapter).all():
-        return TrainResult(job.client, None, {}, done, "adapter_not_finite")
-    summary = {name: float(np.mean(series)) for name, series in history.items()}
-    summary |= {"loss_first": history["loss"][0], "loss_last": history["loss"][-1]}
-    summary["tokens"] = float(tokens)
-    return TrainResult(job.client, state.adapter.copy(), summary, done, snapshots=snapshots)
+            return course.failed(NOT_FINITE)
+        course.record(batch, episodes, scored, kl, values, state.adapter.copy)
+    return course.result(state.adapter.copy())
 
 
 def next_batch(settings: PpoConfig, left: int) -> PpoConfig:
@@ -206,21 +294,3 @@ def check_policy_job(job: PolicyJob) -> None:
         )
     if not job.adapter.any():
         raise WireError("adapter_all_zero", "with A and B both zero no gradient ever arises")
-
-
-def _sample(
-    resident: ResidentModel,
-    asked: Sequence[SurveyItem],
-    config: Config,
-    seed: int,
-    key: tuple[Key, ...],
-) -> tuple[policy.Episodes, list[str]]:
-    """Sample ``ppo.samples`` texts for each question from the loaded adapter, question-major."""
-    task, samples = config.rewards.task, config.ppo.samples
-    prompts = [tasks.task_prompt(resident, task, i.question, i.options) for i in asked]
-    longest = [tasks.max_new_tokens(resident, task, i.options) for i in asked]
-    draws = keyed_seed(seed, "local-texts", *key)
-    sampled = generate(resident, prompts, samples, longest, draws)
-    texts = [tasks.decode(resident, task, tokens, ended) for tokens, ended in sampled]
-    repeated = tuple(p for p in prompts for _ in range(samples))
-    return policy.Episodes(repeated, tuple(tokens for tokens, _ in sampled)), texts

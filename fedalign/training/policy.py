@@ -99,7 +99,7 @@ def improve(
     history: dict[str, list[float]] = {}
     tokens = 0
     with resident.training(), torch.enable_grad():
-        for chosen in _minibatches(len(groups), settings, seed, key):
+        for chosen in minibatches(len(groups), settings, seed, key):
             resident.gradient_flat.zero_()
             head.grad.zero_()
             values = _accumulate(resident, plan, groups, members, chosen, head, settings)
@@ -233,7 +233,7 @@ def _accumulate(
     return {name: float(value) for name, value in totals.items()}
 
 
-def _minibatches(
+def minibatches(
     count: int, settings: PpoConfig, seed: int, key: tuple[Key, ...]
 ) -> list[list[int]]:
     """Return minibatches of prompts, epoch after epoch: keyed shuffles in nearly equal parts."""

@@ -36,11 +36,12 @@ WHITEN_EPSILON = 1e-12
 
 
 def token_rewards(
-    scores: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, kl: float
+    scores: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, kl: float | Tensor
 ) -> Tensor:
     """Return the reward of each token: (R, T), zero in the padding.
 
-    ``scores`` (R,) go to the last token of each text, which has at least one token.
+    ``scores`` (R,) go to the last token of each text, which has at least one token; ``kl`` is one
+    coefficient, or (R, 1) of them.
     """
     rewards = torch.where(mask, -kl * (old_logps - ref_logps), 0.0)
     last = mask.sum(dim=1, keepdim=True) - 1  # (R, 1)
@@ -90,12 +91,20 @@ def policy_loss(
     Both are scalars; gradients flow through ``logps`` alone.  The share counts every token that has
     moved so far, whether or not the loss was cut there, so that it measures drift from the rollout.
     """
+    losses, outside = policy_terms(logps, old_logps, advantages, mask, clip)
+    return masked_mean(losses, mask), masked_mean(outside, mask)
+
+
+def policy_terms(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`policy_loss` averages, of the tables' shape."""
     log_ratio = torch.where(mask, logps - old_logps, 0.0)
     ratio = torch.exp(log_ratio)
     advantages = torch.where(mask, advantages, 0.0)
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     outside = ((ratio.detach() - 1).abs() > clip).to(ratio.dtype)
-    return masked_mean(losses, mask), masked_mean(outside, mask)
+    return losses, outside
 
 
 def value_loss(
@@ -106,10 +115,17 @@ def value_loss(
     A value that has moved more than ``clip`` (units of reward) from ``old_values`` counts with the
     larger of its own error and that at the bound; ``clip`` 0 switches this off.
     """
+    return 0.5 * masked_mean(value_terms(values, old_values, returns, mask, clip), mask)
+
+
+def value_terms(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> Tensor:
+    """Return what :func:`value_loss` is half the mean of, of the tables' shape."""
     # The padding is cut before anything is multiplied, so that nothing of it reaches a gradient.
     old_errors = torch.where(mask, old_values - returns, 0.0)
     moved = torch.where(mask, values - old_values, 0.0)
     errors = (old_errors + moved).square()
     if clip:
         errors = torch.maximum(errors, (old_errors + moved.clamp(-clip, clip)).square())
-    return 0.5 * masked_mean(errors, mask)
+    return errors

@@ -15,6 +15,7 @@ Not for models that recompute activations in training: they keep no cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,34 +85,59 @@ def worth_sharing(prompts: Sequence[Prompt]) -> bool:
 
 def collate(prompts: Sequence[Prompt], device: torch.device | str) -> PrefixBatch:
     """Return the batch of all completions of all prompts, in order; equal texts share a row."""
-    rows: dict[tuple[int, Ids], int] = {}
-    places: dict[tuple[int, int], int] = {}
-    slot: list[int] = []
+    return collate_each([prompts], device)
+
+
+def collate_each(clients: Sequence[Sequence[Prompt]], device: torch.device | str) -> PrefixBatch:
+    """Return one batch of several clients, each with as many prompts and as many rows.
+
+    Prompts and rows stand client by client.  A client with fewer than others gets prompts of one
+    token and empty rows, which are computed and never scored.
+    """
+    most = max(map(len, clients))
+    heads: list[Ids] = []
+    rows: list[list[tuple[int, Ids]]] = []  # of each client: (prompt, text)
+    slot: list[tuple[int, int, int]] = []  # (-1, 0, prompt) or (client, its row, column)
     token: list[int] = []
-    for owner, prompt in enumerate(prompts):
-        for completion in prompt.completions:
-            slot.append(owner)
-            token.append(completion[0])
-            if len(completion) == 1:
-                continue
-            row = rows.setdefault((owner, completion[:-1]), len(rows))
-            for column, t in enumerate(completion[1:]):
-                slot.append(len(prompts) + places.setdefault((row, column), len(places)))
-                token.append(t)
-    width = max((len(ids) for _, ids in rows), default=0)
-    table = np.zeros((len(rows), width), dtype=np.int64)
-    for (_, ids), row in rows.items():
+    for c, prompts in enumerate(clients):
+        own: dict[tuple[int, Ids], int] = {}
+        for owner, prompt in enumerate(prompts, start=c * most):
+            for completion in prompt.completions:
+                slot.append((-1, 0, owner))
+                token += completion
+                if len(completion) > 1:
+                    row = own.setdefault((owner, completion[:-1]), len(own))
+                    slot += [(c, row, column) for column in range(len(completion) - 1)]
+        heads += [*(p.tokens for p in prompts), *[(0,)] * (most - len(prompts))]
+        rows.append(list(own))
+    each = max(map(len, rows))
+    every = list(
+        itertools.chain.from_iterable(
+            [*own, *[(c * most, ())] * (each - len(own))] for c, own in enumerate(rows)
+        )
+    )
+    width = max((len(ids) for _, ids in every), default=0)
+    table = np.zeros((len(every), width), dtype=np.int64)
+    for row, (_, ids) in enumerate(every):
         table[row, : len(ids)] = ids
+    places: dict[tuple[int, int], int] = {}
+    slots: list[int] = []
+    for c, row, column in slot:
+        if c < 0:
+            slots.append(column)
+        else:
+            place = (c * each + row, column)
+            slots.append(len(heads) + places.setdefault(place, len(places)))
 
     def indices(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return PrefixBatch(
-        prefixes=left_padded([p.tokens for p in prompts], device),
+        prefixes=left_padded(heads, device),
         rows=torch.from_numpy(table).to(device),
-        owner=indices([owner for owner, _ in rows]),
+        owner=indices([owner for owner, _ in every]),
         positions=indices([row * width + column for row, column in places]),
-        slot=indices(slot),
+        slot=indices(slots),
         token=indices(token),
     )
 
@@ -127,7 +153,10 @@ def hidden_and_logits(
     hidden, logits, cache = prefill(network, batch.prefixes)
     if not len(batch.rows):
         return hidden, logits
-    cache.batch_select_indices(batch.owner)
+    for layer in cache.layers:
+        # As ``cache.batch_select_indices``, whose gradient threads would sum in no order.
+        layer.keys = layer.keys.index_select(0, batch.owner)
+        layer.values = layer.values.index_select(0, batch.owner)
     before = batch.prefixes.attention[batch.owner]
     columns = torch.arange(batch.rows.shape[1], device=batch.rows.device)
     more_hidden, more_logits = logits_of(

@@ -31,13 +31,13 @@ def test_with_cache_and_padding_every_distribution_is_the_models_own(
     resident = ResidentModel(ModelConfig(name=str(folder), rank=4, alpha=8.0, device="cpu"))
     resident.load(tiny.start(resident, b=0.3))
     seen: list[np.ndarray] = []
-    draw = module._draw
+    draw = module.draw
 
     def watched(logits, draws):
         seen.append(torch.softmax(logits.double(), dim=-1).numpy())
         return draw(logits, draws)
 
-    monkeypatch.setattr(module, "_draw", watched)
+    monkeypatch.setattr(module, "draw", watched)
     # Gemma's window of 6 tokens is passed by the third prompt alone and by all texts.
     texts = generate(resident, PROMPTS, 2, 8, 5, stop_at_eos=False)
     order = sorted(range(len(PROMPTS)), key=lambda k: len(PROMPTS[k]))
@@ -75,15 +75,15 @@ def test_draws_follow_the_models_probabilities(resident, tiny) -> None:
 def test_a_number_picks_the_token_by_the_distribution_function() -> None:
     logits = torch.log(torch.tensor([[0.0, 0.25, 0.25, 0.5, 0.0]])).expand(6, 5)
     numbers = [0.0, 0.2499, 0.25, 0.4999, 0.5, float(np.nextafter(1.0, 0.0))]
-    picked = module._draw(logits, torch.tensor(numbers, dtype=torch.float64))
+    picked = module.draw(logits, torch.tensor(numbers, dtype=torch.float64))
     assert picked.tolist() == [1, 1, 2, 2, 3, 3]  # never one of probability zero
 
 
 def test_the_last_number_below_one_picks_a_token_of_the_vocabulary() -> None:
     draws = torch.randn(200, 997, generator=torch.Generator().manual_seed(0))
     last = torch.full((200,), float(np.nextafter(1.0, 0.0)), dtype=torch.float64)
-    assert module._draw(draws, last).max() == 996
-    assert module._draw(draws, torch.zeros(200, dtype=torch.float64)).tolist() == [0] * 200
+    assert module.draw(draws, last).max() == 996
+    assert module.draw(draws, torch.zeros(200, dtype=torch.float64)).tolist() == [0] * 200
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -227,12 +227,12 @@ def test_same_seed_same_bits_and_the_given_state_stays(resident, tiny) -> None:
 
 def test_minibatches_hold_each_prompt_once_an_epoch() -> None:
     settings = replace(SETTINGS, questions=4, epochs=3)
-    parts = module._minibatches(10, settings, 0, (1, "x"))
+    parts = module.minibatches(10, settings, 0, (1, "x"))
     assert [len(p) for p in parts] == [4, 3, 3] * 3
     for epoch in range(3):
         assert sorted(k for p in parts[3 * epoch : 3 * epoch + 3] for k in p) == list(range(10))
     assert parts[:3] != parts[3:6]
-    assert parts == module._minibatches(10, settings, 0, (1, "x"))
+    assert parts == module.minibatches(10, settings, 0, (1, "x"))
 
 
 def test_texts_that_nobody_scored_take_no_part(resident, tiny) -> None:
