@@ -31,6 +31,7 @@ from clients.noise import load_key, protect
 from clients.site import Home, SiteSettings, local_flat, own_client
 from clients.site_policy import Policy, judge, stricter
 from fedalign import wire
+from fedalign.aggregation.adapters import ROW_NORM
 from fedalign.config import Config, DataConfig, config_hash, from_flat, resolve_metric
 from fedalign.data.records import ClientData
 from fedalign.errors import ConfigError, WireError
@@ -150,6 +151,11 @@ class EnrolledSite(SiteContext):
             if reply.status == wire.OK:
                 sent[i] = protect(settings, self._key, round_, received, updates[i])
         return out, sent
+
+    def largest_change(self) -> float | None:
+        """Return the bound of ``update.clip`` on the factors; noise goes over it by its nature."""
+        own = self.policy.update
+        return own.clip / ROW_NORM if own.clip and not own.noise else None
 
     def release_predictor(self, replies: Sequence[PredictorReply]) -> list[PredictorReply]:
         """Round or withhold errors and losses."""

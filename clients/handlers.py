@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
+from clients.coarse import receive, send
 from fedalign import wire
 from fedalign.config import Config, from_json
 from fedalign.errors import FedalignError, WireError
@@ -86,6 +87,10 @@ class SiteContext:
         """
         return list(replies), updates
 
+    def largest_change(self) -> float | None:
+        """Return the norm that the change of the factors, as sent, may not exceed; None: any."""
+        return None
+
     def release_predictor(self, replies: Sequence[PredictorReply]) -> list[PredictorReply]:
         """Return what leaves of a round of the predictor, beside its parameters."""
         return list(replies)
@@ -127,7 +132,8 @@ def _score(
 ) -> RecordDict:
     trainer = site.trainer(config)
     adapter = _adapter(content, request, trainer.manifest)
-    replies = trainer.score(request.clients, adapter, request.splits)
+    hosted = site.hosted(config)
+    replies = trainer.score(request.clients, adapter, request.splits, hosted)
     return wire.encode_scores(site.release_scores(replies), request.splits)
 
 
@@ -135,10 +141,15 @@ def _train(
     content: RecordDict, request: wire.Request, config: Config, site: SiteContext
 ) -> RecordDict:
     trainer = site.trainer(config)
-    adapter = _adapter(content, request, trainer.manifest)
-    replies, updates = trainer.train(request.clients, adapter, request.round)
+    manifest = trainer.manifest
+    _check_manifest(request, manifest)
+    adapter = receive(content, config, manifest)
+    replies, updates = trainer.train(request.clients, adapter, request.round, site.hosted(config))
     received = adapter[trainer.upload_mask()]
-    return wire.encode_train(*site.release_training(request.round, replies, received, updates))
+    replies, updates = site.release_training(request.round, replies, received, updates)
+    bound = site.largest_change()
+    sent = send(config, manifest, request.round, replies, received, updates, bound)
+    return wire.encode_train(replies, sent)
 
 
 def _personal(
@@ -171,9 +182,13 @@ def _predictor(
 
 
 def _adapter(content: RecordDict, request: wire.Request, manifest: wire.Manifest) -> wire.F32:
+    _check_manifest(request, manifest)
+    return wire.decode_adapter(content, manifest)
+
+
+def _check_manifest(request: wire.Request, manifest: wire.Manifest) -> None:
     if request.manifest_hash != manifest.hash:
         raise WireError("manifest-mismatch")
-    return wire.decode_adapter(content, manifest)
 
 
 HANDLERS: dict[str, Callable[[RecordDict, wire.Request, Config, SiteContext], RecordDict]] = {

@@ -6,6 +6,7 @@ exactly; tasks ``shares`` and ``order`` by texts that it writes; pairs by the si
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +30,9 @@ from fedalign.training.score import (
     score_survey,
 )
 
+Answers = Mapping[tuple[str, tuple[str, ...]], SurveyAnswer]
+"""(question, options) to how an adapter answers it."""
+
 
 class Scorer:
     """Scores the adapter that is loaded, or adapters of the clients' own, in one process."""
@@ -46,15 +50,23 @@ class Scorer:
         self.clients = clients
         self.metric = metric
         self._kind = kind
-        self._survey = next(iter(clients.values())).form == "survey"
+        self._is_survey = next(iter(clients.values())).form == "survey"
         self._pair_references: dict[tuple[str, str], Array | None] = {}
+        self._answers: Answers = {}
+        self._answered: tuple[bytes, tuple[tuple[str, str], ...]] = (b"", ())
 
-    def scores(self, tasks: Sequence[tuple[str, str]]) -> dict[tuple[str, str], wire.Score | None]:
-        """Score the loaded adapter; None where a client has no question of a split."""
+    def scores(
+        self, tasks: Sequence[tuple[str, str]], among: Sequence[str] = ()
+    ) -> dict[tuple[str, str], wire.Score | None]:
+        """Score the loaded adapter; None where a client has no question of a split.
+
+        ``among`` names clients whose letter questions of the same splits are answered in the same
+        passes and kept: all of a node, whose other messages then find them answered.
+        """
         if self.config.rewards.task != "letter":
             return self._text_scores(tasks)
-        if self._survey:
-            return self._survey_scores(tasks)
+        if self._is_survey:
+            return self._survey_scores(tasks, among)
         return {task: self._pair_scores(task) for task in tasks}
 
     def together(self, count: int) -> bool:
@@ -76,14 +88,18 @@ class Scorer:
                 self.model.load(adapter)
                 found.append(self.scores([task])[task])
             return found
-        if self._survey:
+        if self._is_survey:
             items = [[i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks]
             asked = [[(i.question, i.options) for i in own] for own in items]
             answers = score_survey_each(self.model, adapters, asked, local)
-            return [
-                self._survey_score(task, own, dict(zip(questions, given, strict=True)))
-                for task, own, questions, given in zip(tasks, items, asked, answers, strict=True)
-            ]
+            return self._letter_scores(
+                [
+                    (task, own, dict(zip(questions, given, strict=True)))
+                    for task, own, questions, given in zip(
+                        tasks, items, asked, answers, strict=True
+                    )
+                ]
+            )
         pairs = [[p for p in self._items(*t) if isinstance(p, Pair)] for t in tasks]
         references = [
             self._pair_reference(t, own) if own else None
@@ -118,41 +134,64 @@ class Scorer:
         return found
 
     def _survey_scores(
-        self, tasks: Sequence[tuple[str, str]]
+        self, tasks: Sequence[tuple[str, str]], among: Sequence[str]
     ) -> dict[tuple[str, str], wire.Score | None]:
         """Each distinct question goes through the model once, whoever asks it."""
-        items = {t: [i for i in self._items(*t) if isinstance(i, SurveyItem)] for t in tasks}
-        # By text, not by key: keys fold case and white space, which a model does not.
-        distinct = list(
-            dict.fromkeys((i.question, i.options) for own in items.values() for i in own)
-        )
-        answers = dict(zip(distinct, score_survey(self.model, distinct), strict=True))
-        return {task: self._survey_score(task, own, answers) for task, own in items.items()}
+        splits = dict.fromkeys(split for _, split in tasks)
+        everybody = dict.fromkeys([*((c, split) for c in among for split in splits), *tasks])
+        # Which clients share the passes never depends on the messages before, so neither do bits.
+        asked = (hashlib.sha256(self.model.read().tobytes()).digest(), tuple(everybody))
+        if asked != self._answered:
+            # By text, not by key: keys fold case and white space, which a model does not.
+            distinct = list(
+                dict.fromkeys((i.question, i.options) for t in everybody for i in self._survey(t))
+            )
+            found = score_survey(self.model, distinct)
+            self._answers = dict(zip(distinct, found, strict=True))
+            self._answered = asked
+        scores = self._letter_scores([(t, self._survey(t), self._answers) for t in tasks])
+        return dict(zip(tasks, scores, strict=True))
 
-    def _survey_score(
+    def _survey(self, task: tuple[str, str]) -> list[SurveyItem]:
+        return [i for i in self._items(*task) if isinstance(i, SurveyItem)]
+
+    def _letter_scores(
         self,
-        task: tuple[str, str],
-        items: Sequence[SurveyItem],
-        answers: Mapping[tuple[str, tuple[str, ...]], SurveyAnswer],
-    ) -> wire.Score | None:
-        group = self.clients[task[0]].group
-        own = [i for i in items if is_defined(self.metric, i.ordinals)]
-        if not own:
-            return None
-        truth = [i.shares[group] for i in own]
-        ordinals = [i.ordinals for i in own]
-        found = [answers[(i.question, i.options)] for i in own]
-        even = [np.full(len(i.options), 1.0 / len(i.options)) for i in own]
-        values = _defined(
-            score_questions(self.metric, [a.probabilities for a in found], truth, ordinals)
-        )
-        return wire.Score(
-            score=float(np.mean(values)),
-            n=len(values),
-            option_mass=float(np.mean([a.option_mass for a in found])),
-            uniform=float(np.mean(_defined(score_questions(self.metric, even, truth, ordinals)))),
-            items=self._reported(task[1], [i.key for i in own], values),
-        )
+        asked: Sequence[tuple[tuple[str, str], Sequence[SurveyItem], Answers]],
+    ) -> list[wire.Score | None]:
+        """Return the score of each (task, its items, answers to them), all computed together."""
+        own = [[i for i in items if is_defined(self.metric, i.ordinals)] for _, items, _ in asked]
+        given = [
+            [answers[(i.question, i.options)] for i in items]
+            for items, (_, _, answers) in zip(own, asked, strict=True)
+        ]
+        truth = [
+            i.shares[self.clients[task[0]].group]
+            for items, (task, _, _) in zip(own, asked, strict=True)
+            for i in items
+        ]
+        ordinals = [i.ordinals for items in own for i in items]
+        predicted = [a.probabilities for answers in given for a in answers]
+        even = [np.full(len(y), 1.0 / len(y)) for y in truth]
+        values = _defined(score_questions(self.metric, predicted, truth, ordinals))
+        uniform = _defined(score_questions(self.metric, even, truth, ordinals))
+        out: list[wire.Score | None] = []
+        stop = 0
+        for items, answers, (task, _, _) in zip(own, given, asked, strict=True):
+            start, stop = stop, stop + len(items)
+            if not items:
+                out.append(None)
+                continue
+            out.append(
+                wire.Score(
+                    score=float(np.mean(values[start:stop])),
+                    n=len(items),
+                    option_mass=float(np.mean([a.option_mass for a in answers])),
+                    uniform=float(np.mean(uniform[start:stop])),
+                    items=self._reported(task[1], [i.key for i in items], values[start:stop]),
+                )
+            )
+        return out
 
     def _pair_scores(self, task: tuple[str, str]) -> wire.Score | None:
         pairs = [p for p in self._items(*task) if isinstance(p, Pair)]

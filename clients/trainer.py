@@ -110,13 +110,20 @@ class ResidentTrainer:
         )
 
     def score(
-        self, names: Sequence[str], adapter: wire.F32, splits: Sequence[str]
+        self,
+        names: Sequence[str],
+        adapter: wire.F32,
+        splits: Sequence[str],
+        hosted: Sequence[str] = (),
     ) -> list[wire.ScoreReply]:
-        """Score one adapter for every client on every split asked for."""
+        """Score one adapter for every client on every split asked for.
+
+        ``hosted`` are the clients of the node: every one is asked, in this message or another.
+        """
         known, unknown = self._sort_out(names)
         self.model.load(adapter)
         tasks = [(c, split) for c in known for split in splits]
-        found = self.scorer.scores(tasks)
+        found = self.scorer.scores(tasks, self._together(hosted))
         replies = {c: dict[str, wire.Score]() for c in known}
         for (client, split), score in found.items():
             if score is not None:
@@ -127,12 +134,16 @@ class ResidentTrainer:
         ]
 
     def train(
-        self, names: Sequence[str], adapter: wire.F32, round_: int
+        self, names: Sequence[str], adapter: wire.F32, round_: int, hosted: Sequence[str] = ()
     ) -> tuple[list[wire.TrainReply], wire.F32]:
-        """Score the received adapter on validation, then train every client from it."""
+        """Score the received adapter on validation, then train every client from it.
+
+        ``hosted`` are the clients of the node.
+        """
         known, unknown = self._sort_out(names)
         self.model.load(adapter)
-        scores = self.scorer.scores([(c, "validation") for c in known])
+        among = self._together(hosted) if self.config.run.clients_per_round == 0 else ()
+        scores = self.scorer.scores([(c, "validation") for c in known], among)
         local = self.config.local
         if local.objective != "dpo":
             local = replace(local, learning_rate=self.config.ppo.learning_rate)
@@ -239,6 +250,15 @@ class ResidentTrainer:
         return PredictorSite(self.model, self.clients, self.config)
 
     # --- work ---------------------------------------------------------------------------------
+
+    def _together(self, hosted: Sequence[str]) -> tuple[str, ...]:
+        """Return the clients that are scored in the same passes as those of a message.
+
+        With one client a message none: there results must not depend on the number of nodes.
+        """
+        if self.config.run.clients_per_message == 1:
+            return ()
+        return tuple(name for name in hosted if name in self.clients)
 
     def _sort_out(self, names: Sequence[str]) -> tuple[list[str], set[str]]:
         unknown = {n for n in names if n not in self.clients}

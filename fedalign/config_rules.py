@@ -28,6 +28,7 @@ REWARD_RULES = (
     "mean-over-n",
     "mean-kl-n",
 )
+PRECISIONS = ("float32", "bfloat16", "int8")
 TASKS = ("letter", "shares", "order")
 ORDER_METRICS = ("borda", "kendall", "binary")
 SHARES_METRICS = ("js_divergence", "js_distance", "wasserstein", "cosine")
@@ -38,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.early-stop-on": ("worst", "average"),
     "data.source": ("synthetic", "survey", "pairs", "globalopinionqa", "goqa", "polis", "hf"),
     "data.form": ("auto", "survey", "pairs"),
-    "data.world": ("default", "balanced"),
+    "data.world": ("default", "balanced", "many"),
     "data.partition": ("group", "sizes", "dirichlet", "column"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gradient-checkpointing": ("auto", "on", "off"),
@@ -50,6 +51,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weights.rule": WEIGHT_RULES,
     "weights.within-group": ("size", "equal"),
     "aggregation.method": ("product", "frozen-a", "factor-mean"),
+    "wire.upload": PRECISIONS,
+    "wire.download": PRECISIONS,
     "rewards.task": TASKS,
     "rewards.score": ("auto", "log", "share", *SHARES_METRICS, *ORDER_METRICS),
     "rewards.rule": REWARD_RULES,
@@ -154,6 +157,7 @@ def check(flat: Mapping[str, Scalar]) -> None:
         raise ConfigError(f"data.source = '{flat['data.source']}' needs data.path.")
     if flat["data.partition"] == "column" and not flat["data.partition-column"]:
         raise ConfigError("data.partition = 'column' needs data.partition-column.")
+    _check_wire(flat)
     _check_rewards(flat)
     objective = flat["local.objective"]
     if objective in ("rloo", "grpo") and flat["local.engine"] != "trl":
@@ -193,6 +197,34 @@ def check(flat: Mapping[str, Scalar]) -> None:
             raise ConfigError(
                 f"{name} = '{given}' is not an absolute path; a runner may work elsewhere."
             )
+
+
+def _check_wire(flat: Mapping[str, Scalar]) -> None:
+    """Refuse precisions that have no effect, and feedback in a basis that does not stay."""
+    upload, download = flat["wire.upload"], flat["wire.download"]
+    if (upload, download) != ("float32", "float32") and flat["run.mode"] == "rewards":
+        raise ConfigError(
+            "wire.upload and wire.download have no effect in mode 'rewards': no adapter travels. "
+            "Leave them at float32."
+        )
+    if download != "float32" and upload == "float32":
+        raise ConfigError(
+            f"wire.download = '{download}' needs wire.upload = 'bfloat16' or 'int8': only a change "
+            "can be added to the exact adapter, of which clients then hold a coarse copy."
+        )
+    if not flat["wire.feedback"]:
+        return
+    if upload == "float32":
+        raise ConfigError(
+            "wire.feedback has no effect with wire.upload = 'float32': nothing is lost. Set "
+            "wire.upload to 'bfloat16' or 'int8', or wire.feedback = false."
+        )
+    method = flat["aggregation.method"]
+    if method != "frozen-a":
+        raise ConfigError(
+            f"wire.feedback needs aggregation.method = 'frozen-a', not '{method}': what a client "
+            "keeps are entries of factors, and their basis must be the same in the next round."
+        )
 
 
 def _check_rewards(flat: Mapping[str, Scalar]) -> None:

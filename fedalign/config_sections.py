@@ -29,7 +29,8 @@ class RunConfig:
     clients_per_round: int = 0
     """Clients sampled in each round; 0 takes all."""
     clients_per_message: int = 64
-    """Logical clients that one message asks a node for; bounds the memory of a reply."""
+    """Logical clients that one message asks a node for; bounds the memory of a reply. Fewer are
+    asked to train in one message where their updates would be more than 256 MB."""
     round_timeout: float = 3600.0
     """Seconds to wait for a phase or round; also the time to live of its messages."""
     quorum: float = 0.5
@@ -55,7 +56,8 @@ class DataConfig:
     hf_split: str = "train"
     """Split of the Hugging Face dataset to read."""
     world: str = "default"
-    """Synthetic population: ``default`` (conflict, unequal sizes) or ``balanced``."""
+    """Synthetic population: ``default`` (conflict, unequal sizes), ``balanced`` or ``many`` (50
+    groups)."""
     groups: str = ""
     """Comma-separated groups to keep; empty keeps all. Use ``;`` where names hold commas."""
     max_groups: int = 0
@@ -176,6 +178,20 @@ class AggregationConfig:
 
     method: str = "product"
     """``product`` (exact, truncated once), ``frozen-a`` (exact), ``factor-mean`` (baseline)."""
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """In how many bytes adapters travel in rounds of training. See ``docs/bytes.md``."""
+
+    upload: str = "float32"
+    """What clients send: ``float32`` (factors), ``bfloat16`` or ``int8`` (their change)."""
+    download: str = "float32"
+    """What clients get: ``float32``, ``bfloat16`` or ``int8``; the last two need a coarse upload.
+    Scoring and the personal phase always get float32."""
+    feedback: bool = False
+    """Error feedback: a client keeps what rounding took and adds it in its next round. Needs a
+    coarse upload and ``aggregation.method = frozen-a``."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +358,7 @@ class Config:
     local: LocalConfig = field(default_factory=LocalConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -162,7 +162,7 @@ class Ledger:
                     f"DELETE FROM {TABLES[kind]} WHERE phase=? AND round=? AND attempt=?", triple
                 )
             for rows in (scores, items, weights, replies, curves, discarded, timings):
-                insert(db, [replace(r, phase=phase, round=round, attempt=attempt) for r in rows])
+                insert(db, rows, triple)
             db.execute("INSERT OR REPLACE INTO written VALUES (?, ?, ?)", triple)
 
     def event(
@@ -176,9 +176,13 @@ class Ledger:
         client: str = "",
     ) -> None:
         """Record that something happened now.  ``detail`` must hold no text a client sent."""
-        row = EventRow(time.time(), kind, phase, round, attempt, client, detail)
-        with self._transaction() as db:
-            insert(db, [row])
+        self.put_events([EventRow(time.time(), kind, phase, round, attempt, client, detail)])
+
+    def put_events(self, rows: Sequence[EventRow]) -> None:
+        """Record several events in one transaction; none writes nothing."""
+        if rows:
+            with self._transaction() as db:
+                insert(db, rows)
 
     def commit(self, phase: str, round: int, attempt: int) -> None:
         """Let an attempt count, in place of any other attempt of the same phase and round."""

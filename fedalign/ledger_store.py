@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedalign.errors import FedalignError
-from fedalign.ledger_rows import FORMAT, SCHEMA, TABLES
+from fedalign.ledger_rows import FORMAT, SCHEMA, TABLES, Triple
 
 BUSY_SECONDS = 30.0
 
@@ -82,24 +82,36 @@ def columns_of(kind: type) -> list[str]:
     return ["grp" if f.name == "group" else f.name for f in fields(kind)]
 
 
-def insert(db: sqlite3.Connection, rows: Sequence[Any]) -> None:
-    """Insert rows of one type; a value that is not of its column's type or not finite raises."""
+def insert(db: sqlite3.Connection, rows: Sequence[Any], triple: Triple | None = None) -> None:
+    """Insert rows of one type; a value that is not of its column's type or not finite raises.
+
+    ``triple`` stands in place of the rows' own phase, round and attempt.
+    """
     if not rows:
         return
     kind = type(rows[0])
     table, columns = TABLES[kind], columns_of(kind)
-    types = get_type_hints(kind)
     names = [f.name for f in fields(kind)]
+    types = get_type_hints(kind)
+    given = {} if triple is None else dict(zip(("phase", "round", "attempt"), triple, strict=True))
+    made = []
+    for name in names:
+        if name in given:
+            made.append([_value(given[name], name, types[name], table, rows[0])] * len(rows))
+        else:
+            kept = types[name]
+            made.append([_value(getattr(r, name), name, kept, table, r) for r in rows])
     marks = ", ".join("?" for _ in columns)
     db.executemany(
-        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})",
-        [[_value(row, name, types[name], table) for name in names] for row in rows],
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", zip(*made, strict=True)
     )
 
 
-def _value(row: Any, name: str, kind: Any, table: str) -> Any:
-    """Return a field as SQLite takes it; numpy scalars become Python's own."""
-    value = getattr(row, name)
+def _value(value: Any, name: str, kind: Any, table: str, row: Any) -> Any:
+    """Return a field of ``row`` as SQLite takes it; numpy scalars become Python's own."""
+    plain = type(value)
+    if (plain is str and kind is str) or (plain is int and kind is int):
+        return value
     if value is None:
         return None
     if kind is str:

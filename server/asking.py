@@ -17,6 +17,7 @@ Below quorum the attempt is void (:class:`QuorumMissed`) and may be repeated.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from flwr.app import Message, RecordDict
 from fedalign import wire
 from fedalign.config import Config, to_json, to_site_json
 from fedalign.errors import RunFailed, WireError
-from fedalign.ledger import Ledger
+from fedalign.ledger import EventRow, Ledger
 from server.directory import Directory
 from server.enrolled import Enrolled
 
@@ -34,6 +35,8 @@ NODE_UNAVAILABLE = 5
 EXPIRED = (3, 4)
 """Its codes for a message or a reply that is not there any more: ``run.round-timeout`` is over."""
 OFFLINE, REVOKED, NO_REPLY, NOT_SENT = "offline", "revoked", "no-reply", "not-sent"
+UPLOAD_BYTES = 256_000_000
+"""Most bytes of updates in the reply to one message, unless one client's are more."""
 
 
 class QuorumMissed(RunFailed):
@@ -89,6 +92,7 @@ class Asking:
     ) -> list[Message]:
         """Return a message for each node and ``clients-per-message`` of its clients.
 
+        A message of training is for fewer where their updates are more than ``UPLOAD_BYTES``.
         ``build`` makes the content from the request; :meth:`collect` reads the replies to these.
         A client whose site is offline gets none.
         """
@@ -96,7 +100,11 @@ class Asking:
         self._sent = []
         self._unsent = tuple(c for c in clients if members[c].node is None)
         self._keys = {c: members[c].key for c in clients}
-        for node, names in self.directory.jobs(clients, self.config.run.clients_per_message):
+        at_most = self.config.run.clients_per_message
+        if kind == wire.TRAIN:
+            update = 4 * max(1, self.directory.manifest.upload_size)
+            at_most = max(1, min(at_most, UPLOAD_BYTES // update))
+        for node, names in self.directory.jobs(clients, at_most):
             request = wire.Request(
                 phase,
                 round_,
@@ -160,15 +168,13 @@ class Asking:
             if self.enrolled is not None:
                 self.enrolled.note("reply-of-revoked-site", site=client, phase=phase, round=round_)
         self.failed = failed
-        for client, reason in sorted(failed.items()):
-            self.ledger.event(
-                "reply-rejected",
-                reason,
-                phase=phase,
-                round=round_,
-                attempt=self.attempt,
-                client=client,
-            )
+        now = time.time()
+        self.ledger.put_events(
+            [
+                EventRow(now, "reply-rejected", phase, round_, self.attempt, client, reason)
+                for client, reason in sorted(failed.items())
+            ]
+        )
         asked = len(usable) + len(failed)
         needed = self.needed(asked)
         if len(usable) < needed:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from fedalign import wire
 from fedalign.storage import storing
@@ -43,10 +44,12 @@ class Spool:
         """Remove one client's update; it will not be read."""
         self._files.pop(client).unlink()
 
-    def read(self) -> Iterator[tuple[str, wire.F32]]:
-        """Yield (client, update) in sorted client order, one in memory at a time."""
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, wire.F32]]:
+        """Yield (client, update[start:stop]) in sorted client order, one in memory at a time."""
         for client in sorted(self._files):
-            yield client, np.asarray(load_file(self._files[client])["update"], dtype=np.float32)
+            with safe_open(self._files[client], framework="numpy") as file:
+                part = file.get_slice("update")[start:stop]
+            yield client, np.asarray(part, dtype=np.float32)
 
     def delete(self) -> None:
         """Remove the folder; called after the commit."""

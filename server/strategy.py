@@ -22,7 +22,7 @@ The loop around the hooks is in ``run.py``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedalign import wire
-from fedalign.aggregation import WEIGHT_RULES, adapters, history
+from fedalign.aggregation import WEIGHT_RULES, history
 from fedalign.aggregation.clients import client_weights, group_score
 from fedalign.aggregation.records import (
     GroupObservation,
@@ -45,9 +45,9 @@ from fedalign.config import Config, personal_stages
 from fedalign.errors import RunFailed
 from fedalign.ledger import ItemRow, Ledger, ScoreRow
 from fedalign.metrics.alignment import SCORE_LOW
-from fedalign.models.layout import pack, unpack
 from fedalign.runfolder import SPOOL
 from server.asking import Asking, QuorumMissed
+from server.combining import combine
 from server.directory import Directory
 from server.recording import Combined, Recorder
 from server.spool import Spool
@@ -112,6 +112,9 @@ class GroupStrategy(Asking, Strategy):
         """Ask the sampled clients to score and train the global adapter."""
         chosen = self.asked("train", server_round)
         self._received = np.asarray(arrays["adapter"].numpy(), dtype=np.float32)
+        download = self.config.wire.download
+        if download != wire.FLOAT32:
+            arrays = wire.broadcast_record(self._received, self.directory.manifest, download)
         return self.messages(wire.TRAIN, "train", server_round, chosen, with_adapter(arrays))
 
     def aggregate_train(
@@ -123,11 +126,14 @@ class GroupStrategy(Asking, Strategy):
         usable: dict[str, wire.TrainReply] = {}
         hashes: dict[str, str] = {}
         failed: dict[str, str] = {}
+        manifest, upload = self.directory.manifest, self.config.wire.upload
+        # A change is added to the exact factors, whatever copy of them the clients got.
+        received = self._received[manifest.upload_mask()]
 
         def decode(message: Message, clients: Sequence[str]) -> None:
             assert self.spool is not None
             rows, updates = wire.decode_train(
-                message.content, clients, self.directory.manifest, self.score_low
+                message.content, clients, manifest, self.score_low, upload, received
             )
             for i, row in enumerate(rows):
                 if row.status == wire.OK:
@@ -303,27 +309,10 @@ class GroupStrategy(Asking, Strategy):
         return Observation(round_, groups, self.score_low)
 
     def _combine(self, shares: dict[str, float]) -> Combined:
-        manifest = self.directory.manifest
-        scale = manifest.alpha / manifest.rank
-        previous = unpack(self._received, manifest.layout)
-        norms: dict[str, float] = {}
-
-        def contributions() -> Iterator[adapters.Contribution]:
-            assert self.spool is not None
-            for client, update in self.spool.read():
-                tensors = dict(previous) | unpack(update, manifest.upload)
-                norms[client] = scale * adapters.update_norm(tensors, previous)
-                group = self.directory.members[client].group
-                yield adapters.Contribution(client, group, shares[client], tensors)
-
-        aggregate = adapters.aggregate(self.config.aggregation.method, contributions(), previous)
-        discarded = [
-            (module, group, share)
-            for module, groups in aggregate.discarded_by_group.items()
-            for group, share in groups.items()
-        ]
-        discarded += [(module, "", share) for module, share in aggregate.discarded.items()]
-        return Combined(pack(aggregate.tensors, manifest.layout), discarded, norms)
+        assert self.spool is not None
+        groups = {client: self.directory.members[client].group for client in shares}
+        method, manifest = self.config.aggregation.method, self.directory.manifest
+        return combine(method, self.spool, manifest, self._received, shares, groups)
 
 
 def _summary(scores: Mapping[str, float]) -> MetricRecord:

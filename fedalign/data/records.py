@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fedalign.errors import DataError
 
@@ -184,6 +185,7 @@ def plain(text: Text) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in text)
 
 
+@lru_cache(maxsize=1 << 15)
 def question_key(question: str, options: tuple[str, ...]) -> str:
     """Return 16 hex digits that identify a question; case and white space do not matter."""
     parts = [" ".join(t.split()).casefold() for t in (question, *options)]

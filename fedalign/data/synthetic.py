@@ -23,6 +23,7 @@ Worlds:
     Four groups of equal size, placed symmetrically and close around the profile that fits that
     corpus best.  The base serves all four about equally badly, so a weight rule that follows
     shortfalls has nothing to gain here.
+``many``: fifty groups, for runs of many clients (``world_many.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from fedalign.data import world_many
 from fedalign.data.records import Dataset, SurveyItem
 from fedalign.errors import DataError
 from fedalign.randomness import generator
@@ -236,10 +238,11 @@ CENTRES: dict[str, dict[str, tuple[float, ...]]] = {
             "west": (-1, -1, 1, 0),
         }.items()
     },
+    "many": world_many.CENTRES,
 }
 """Centre of each group's values over AXES."""
 
-VALUE_SD: dict[str, float] = {"default": 0.25, "balanced": 0.05}
+VALUE_SD: dict[str, float] = {"default": 0.25, "balanced": 0.05, "many": 0.25}
 """Standard deviation, per axis, of a group's values around its centre over seeds."""
 
 CORPUS_WEIGHTS: dict[str, float] = {"coast": 0.7, "valley": 0.2, "hills": 0.1, "isles": 0.0}
@@ -248,6 +251,7 @@ CORPUS_WEIGHTS: dict[str, float] = {"coast": 0.7, "valley": 0.2, "hills": 0.1, "
 POPULATION_SHARES: dict[str, dict[str, float]] = {
     "default": {"coast": 0.42, "valley": 0.30, "hills": 0.20, "isles": 0.08},
     "balanced": {"north": 0.25, "east": 0.25, "south": 0.25, "west": 0.25},
+    "many": world_many.POPULATION_SHARES,
 }
 
 PEOPLE = 10_000
@@ -290,9 +294,8 @@ def world_questions() -> tuple[WorldQuestion, ...]:
 def generate(world: str, seed: int) -> Dataset:
     """Return the survey of a world: every group answers every question.
 
-    ``world`` is ``default`` or ``balanced``; ``seed`` (>= 0) draws the groups' values.  Items carry
-    ordinals K..1 (agreement to disagreement) and the topic.  Raises ``DataError`` for an unknown
-    world.
+    ``world`` is one of the above; ``seed`` (>= 0) draws the groups' values.  Items carry ordinals
+    K..1 (agreement to disagreement) and the topic.  Raises ``DataError`` for an unknown world.
     """
     values = group_values(world, seed)
     items = tuple(
@@ -323,7 +326,7 @@ def group_values(world: str, seed: int) -> dict[str, Values]:
 def respondents(world: str) -> dict[str, int]:
     """Return the people of each group: what a synthetic client claims as its size."""
     _check_world(world)
-    return {group: round(PEOPLE * share) for group, share in POPULATION_SHARES[world].items()}
+    return {group: round(PEOPLE * s) for group, s in POPULATION_SHARES[world].items()}
 
 
 def answer_shares(question: WorldQuestion, values: Values) -> Values:
@@ -393,6 +396,5 @@ def _as_tuple(shares: Values) -> tuple[float, ...]:
 def _check_world(world: str) -> None:
     if world not in CENTRES:
         raise DataError(
-            f"unknown synthetic world '{world}'; choose one of {', '.join(CENTRES)} "
-            "with data.world."
+            f"unknown synthetic world '{world}'; choose {', '.join(CENTRES)} with data.world."
         )

@@ -96,8 +96,9 @@ def score_questions(
 ) -> list[float | None]:
     """Return the score of each question; None where the score is undefined.
 
-    Questions may have different numbers of options.  Errors as in :func:`score`, with the position
-    of the question.
+    Questions may have different numbers of options; those with as many go through together, and
+    the bits of a score do not depend on which.  Errors as in :func:`score`, with the position of
+    the question.
     """
     n = len(p)
     given = [None] * n if ordinals is None else list(ordinals)
@@ -105,23 +106,45 @@ def score_questions(
         raise DataError(f"{n} answers, {len(y)} targets and {len(given)} ordinals; lengths differ.")
     if n == 0:
         return []
-    vectors = [
-        (distribution(a, f"question {i}: p"), distribution(b, f"question {i}: y"))
-        for i, (a, b) in enumerate(zip(p, y, strict=True))
-    ]
-    for i, (a, b) in enumerate(vectors):
+    ps, ys = _distributions(p, "p"), _distributions(y, "y")
+    by_width: dict[int, list[int]] = {}
+    for i, (a, b) in enumerate(zip(ps, ys, strict=True)):
         if len(a) != len(b):
             raise DataError(f"question {i}: p has {len(a)} options, y has {len(b)}.")
-    width = max(len(a) for a, _ in vectors)
-    ps, ys, os = np.zeros((n, width)), np.zeros((n, width)), np.zeros((n, width))
-    defined = [is_defined(metric, o) for o in given]
-    for i, (a, b) in enumerate(vectors):
-        ps[i, : len(a)], ys[i, : len(b)] = a, b
-        o = given[i]
+        if is_defined(metric, given[i]):
+            by_width.setdefault(len(a), []).append(i)
+    out: list[float | None] = [None] * n
+    for width, places in by_width.items():
+        os = None
         if metric == "wasserstein":
-            os[i] = pad_ordinals(o, len(a), width) if o is not None and defined[i] else range(width)
-    values = kernel(metric, ps, ys, os)
-    return [float(v) if ok else None for v, ok in zip(values, defined, strict=True)]
+            os = np.array([_ordinals(o, width) for i in places if (o := given[i]) is not None])
+        found = kernel(
+            metric, np.array([ps[i] for i in places]), np.array([ys[i] for i in places]), os
+        )
+        for i, value in zip(places, found.tolist(), strict=True):
+            out[i] = value
+    return out
+
+
+def _distributions(vectors: Sequence[ArrayLike], name: str) -> list[Array]:
+    """Return :func:`distribution` of each; those of one length are checked together."""
+    rows = [np.asarray(v, dtype=np.float64) for v in vectors]
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        by_shape.setdefault(row.shape, []).append(i)
+    for shape, places in by_shape.items():
+        good = len(shape) == 1 and shape[0] > 0
+        if good:
+            x = np.array([rows[i] for i in places])
+            totals = x.sum(1)
+            # Not a number compares false, so it is not good.
+            good = bool((x >= 0).all() and (np.abs(totals - 1.0) <= SUM_TOLERANCE).all())
+        if not good:  # the first bad one raises and says why
+            for i in places:
+                distribution(rows[i], f"question {i}: {name}")
+        for i, row in zip(places, x / totals[:, None], strict=True):
+            rows[i] = row
+    return rows
 
 
 def kernel(metric: str, p: Array, y: Array, ordinals: Array | None = None) -> Array:

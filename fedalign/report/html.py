@@ -29,6 +29,8 @@ from fedalign.runfolder import LEDGER, REPORT, SUMMARY
 HIGHLIGHTED = 8
 """Lines that get a colour and a label; more would not be told apart."""
 SHOWN_EVENTS = 60
+SHOWN_MISSING = 60
+"""Longer lists are cut on the page; ``summary.json`` and the ledger have all of them."""
 PATHS = (
     "data.path",
     "run.out",
@@ -114,7 +116,8 @@ def render(facts: Facts, summary: Mapping[str, Any]) -> str:
         loss_note="",
         fairness_columns=tables.fairness_columns(facts, summary),
         fairness=tables.fairness_rows(facts, summary),
-        missing=summary["missing"],
+        missing=summary["missing"][:SHOWN_MISSING],
+        missing_count=len(summary["missing"]),
         failures=tables.failure_rows(facts),
         events=facts.events[-SHOWN_EVENTS:],
         event_count=len(facts.events),

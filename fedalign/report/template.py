@@ -232,7 +232,9 @@ same resample for all groups and stages. They say nothing about other seeds.</p>
 {% for cell in row.cells %}<td>{{ cell.text }}{% if cell.interval %}<span class="sub">\
 {{ cell.interval }}</span>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-{% if missing %}<details><summary>{{ missing | length }} numbers are missing</summary><ul>
+{% if missing %}<details><summary>{{ missing_count }} numbers are missing\
+{% if missing_count > missing | length %} (the first {{ missing | length }} are shown; summary.json
+has all){% endif %}</summary><ul>
 {% for m in missing %}<li>{{ m.name }}: {{ m.reason }}</li>
 {% endfor %}</ul></details>{% endif %}
 

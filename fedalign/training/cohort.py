@@ -33,15 +33,13 @@ from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
 from fedalign.models.layout import size as layout_size
 from fedalign.training import cohort_llama
-from fedalign.training.batch import HEAD_VALUES, ROW_TOKENS, output_head
 from fedalign.training.cohort_batch import (
-    PASS_TOKENS,
     CohortBatch,
     Question,
     collate,
     in_passes,
 )
-from fedalign.training.cohort_forward import CohortForward, StackedLayers
+from fedalign.training.cohort_forward import CohortForward, StackedLayers, pass_tokens
 from fedalign.training.dpo import differences, pair_losses, pair_values
 from fedalign.training.loop import TrainJob, TrainResult, batches, check_job
 from fedalign.training.stack import AdapterStack
@@ -190,7 +188,9 @@ def _step(
     totals: dict[str, np.ndarray] = {}
     stack.gradient.zero_()
     forward.begin(stack)
-    for part in in_passes(step, _pass_tokens(resident, step)):
+    # Scored positions of one prompt over its tokens, at most, bounds the logits of a pass.
+    dense = max(len(x.rows.where) / x.rows.tokens for own in step for x in own)
+    for part in in_passes(step, pass_tokens(resident, dense)):
         batch = collate(part, resident.device)
         for name, value in _pass(forward, batch, pairs, settings).items():
             totals[name] = totals.get(name, 0.0) + value
@@ -234,12 +234,3 @@ def _pass(
         name: np.bincount(batch.owner, value.double().cpu().numpy(), len(pairs))
         for name, value in values.items()
     }
-
-
-def _pass_tokens(resident: ResidentModel, step: Sequence[Sequence[Question]]) -> int:
-    """Return how many padded tokens a pass may hold."""
-    # Scored positions of one prompt over its tokens, at most, bounds the logits of a pass.
-    dense = max(len(x.rows.where) / x.rows.tokens for own in step for x in own)
-    vocabulary = output_head(resident.network).weight.shape[0]
-    most = PASS_TOKENS if resident.device.type == "cpu" else ROW_TOKENS
-    return min(most, max(1, int(HEAD_VALUES / (vocabulary * dense))))

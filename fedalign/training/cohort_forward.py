@@ -108,10 +108,9 @@ def pass_tokens(resident: ResidentModel, dense: float) -> int:
 
     ``dense`` is the largest number of scored positions a token of any prompt; it bounds the logits.
     """
-    if resident.device.type == "cpu":
-        return PASS_TOKENS
+    most = PASS_TOKENS if resident.device.type == "cpu" else ROW_TOKENS
     vocabulary = output_head(resident.network).weight.shape[0]
-    return min(ROW_TOKENS, max(1, int(HEAD_VALUES / (vocabulary * dense))))
+    return min(most, max(1, int(HEAD_VALUES / (vocabulary * dense))))
 
 
 def adapted_layers(resident: ResidentModel) -> dict[str, Any]:

@@ -8,9 +8,9 @@ reply to    content (k = clients named in the message, P = entries of the traine
 hello       client names, groups, question counts, size claims; model manifest; library versions
 score       per client and split: mean score, questions, option mass, score of a uniform answerer;
             on test, when ``score.items`` is on: question keys (hashes) and their scores
-train       LoRA factors, float32 (k, P); validation score of the *received* adapter and its
-            question count, option mass, uniform score; loss (mean, first, last), pairs, steps,
-            tokens, seconds
+train       LoRA factors, float32 (k, P), or in fewer bytes their change against those received
+            (``coarse.py``); validation score of the *received* adapter and its question count,
+            option mass, uniform score; loss (mean, first, last), pairs, steps, tokens, seconds
 personal    per client and stage: test score, question count, option mass; question scores as above
 exchange    per client: one reward and one code for each sampled text (``exchange.py``)
 predictor   per client: parameters of the preference predictor, float32 (k, P); losses, option
@@ -29,6 +29,13 @@ entries, score out of range) condemns that client alone.
 
 from __future__ import annotations
 
+from fedalign.wire.coarse import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    PRECISIONS,
+    Coarse,
+)
 from fedalign.wire.exchange import (
     CODES,
     EXCHANGE,
@@ -86,7 +93,9 @@ from fedalign.wire.replies import (
 )
 from fedalign.wire.requests import (
     adapter_record,
+    broadcast_record,
     decode_adapter,
+    decode_broadcast,
     decode_hello,
     decode_request,
     encode_hello,
@@ -95,12 +104,15 @@ from fedalign.wire.requests import (
 
 __all__ = [
     "BAD_REQUEST",
+    "BFLOAT16",
     "BUDGET_EXHAUSTED",
     "CODES",
     "EXCHANGE",
     "F32",
+    "FLOAT32",
     "FROM_SHARES",
     "HELLO",
+    "INT8",
     "INTERNAL_ERROR",
     "MALFORMED",
     "MANIFEST_MISMATCH",
@@ -112,6 +124,7 @@ __all__ = [
     "OUT_OF_RANGE",
     "PERSONAL",
     "POLICY_CODES",
+    "PRECISIONS",
     "PREDICTED",
     "PROTOCOL",
     "REFUSED",
@@ -125,6 +138,7 @@ __all__ = [
     "TRAIN",
     "UNANSWERED",
     "UNKNOWN_CLIENT",
+    "Coarse",
     "Hello",
     "Manifest",
     "Question",
@@ -135,7 +149,9 @@ __all__ = [
     "ScoreReply",
     "TrainReply",
     "adapter_record",
+    "broadcast_record",
     "decode_adapter",
+    "decode_broadcast",
     "decode_hello",
     "decode_request",
     "decode_rewards",

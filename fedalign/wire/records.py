@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fedalign.errors import WireError
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 HELLO = "query.hello"
 SCORE = "evaluate.score"
@@ -90,6 +90,11 @@ class Manifest:
     def upload_size(self) -> int:
         """Entries a client sends back (P)."""
         return sum(math.prod(shape) for _, shape in self.upload)
+
+    def upload_mask(self) -> npt.NDArray[np.bool_]:
+        """Return which entries of a whole adapter clients send back, (size,)."""
+        sent = {name for name, _ in self.upload}
+        return np.concatenate([np.full(math.prod(s), n in sent) for n, s in self.layout])
 
     def to_json(self) -> str:
         """Return canonical JSON."""

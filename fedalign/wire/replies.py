@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedalign.errors import WireError
+from fedalign.wire.coarse import FLOAT32, Coarse, decode, from_record, to_record
 from fedalign.wire.records import (
     F32,
     MAX_ENTRY,
@@ -29,12 +30,13 @@ from fedalign.wire.records import (
     ScoreReply,
     TrainReply,
 )
-from fedalign.wire.values import array, floats, ints
+from fedalign.wire.values import floats, ints
 
 QUESTION_KEY = re.compile(r"[0-9a-f]{16}")
 """A question travels as a hash; anything else could be its text."""
 ITEM_TOLERANCE = 1e-4
 """Question scores must have the mean that is reported beside them."""
+_NO_SCALES: F32 = np.zeros((0, 0), dtype=np.float32)
 
 
 def encode_failure(clients: Sequence[str], status: int) -> RecordDict:
@@ -128,8 +130,14 @@ def decode_scores(
     ]
 
 
-def encode_train(replies: Sequence[TrainReply], updates: F32) -> RecordDict:
-    """Return the answer to ``train``; ``updates`` (k, P) float32, zero rows for failed clients."""
+def encode_train(replies: Sequence[TrainReply], updates: F32 | Coarse) -> RecordDict:
+    """Return the answer to ``train``; zero rows for failed clients.
+
+    ``updates`` is (k, P): the factors in float32, or in another precision their change against the
+    factors received.
+    """
+    if not isinstance(updates, Coarse):
+        updates = Coarse(FLOAT32, np.ascontiguousarray(updates, np.float32), _NO_SCALES)
     metrics: dict[str, list[int] | list[float]] = {"status": [r.status for r in replies]}
     metrics.update(_score_columns("received", [r.score for r in replies]))
     metrics["loss"] = [float(r.loss) for r in replies]
@@ -144,21 +152,34 @@ def encode_train(replies: Sequence[TrainReply], updates: F32) -> RecordDict:
         {
             "reply": config,
             "status": MetricRecord(metrics),  # type: ignore[arg-type]
-            "update": ArrayRecord({"update": Array(np.ascontiguousarray(updates, np.float32))}),
+            "update": to_record("update", updates),
         }
     )
 
 
 def decode_train(
-    content: RecordDict, clients: Sequence[str], manifest: Manifest, low: float
+    content: RecordDict,
+    clients: Sequence[str],
+    manifest: Manifest,
+    low: float,
+    precision: str = FLOAT32,
+    received: F32 | None = None,
 ) -> tuple[list[TrainReply], F32]:
-    """Read the answer to ``train``: one record for each client asked, and factors (k, P)."""
+    """Read the answer to ``train``: one record for each client asked, and factors (k, P).
+
+    In another precision than float32 the clients sent a change, which is added to ``received``
+    (P,): the exact factors, of which the clients may have got a coarse copy.
+    """
     status = open_reply(content, clients)
     k = len(clients)
     if all(s != OK for s in status):
         failed = [TrainReply(c, s) for c, s in zip(clients, status, strict=True)]
         return failed, np.zeros((k, 0), dtype=np.float32)
-    updates = array(content, "update", (k, manifest.upload_size))
+    updates = decode(from_record(content, "update", k, manifest.upload, precision), manifest.upload)
+    if precision != FLOAT32:
+        if received is None:
+            raise ValueError("a change means nothing without the factors it was taken from")
+        updates = received + updates
     m = content.metric_records["status"]
     columns = _columns(m, "received", k)
     try:

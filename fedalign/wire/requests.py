@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedalign.errors import WireError
+from fedalign.wire.coarse import FLOAT32, decode, encode, from_record, to_record
 from fedalign.wire.records import (
     F32,
     MAX_CLIENTS,
@@ -68,6 +69,31 @@ def adapter_record(flat: F32) -> ArrayRecord:
 def decode_adapter(content: RecordDict, manifest: Manifest) -> F32:
     """Return the broadcast adapter (manifest.size,) float32; anything else is a ``WireError``."""
     return array(content, "adapter", (manifest.size,))
+
+
+def broadcast_record(flat: F32, manifest: Manifest, precision: str) -> ArrayRecord:
+    """Wrap a whole adapter (size,) for the messages of a round of training.
+
+    In float32 it travels as it is.  In another precision only what clients send back travels:
+    under frozen A that is B, since A follows from the run's seed (``initial_adapter``).
+    """
+    if precision == FLOAT32:
+        return adapter_record(flat)
+    sent = flat[manifest.upload_mask()][None]
+    return to_record("adapter", encode(sent, manifest.upload, precision))
+
+
+def decode_broadcast(content: RecordDict, manifest: Manifest, precision: str) -> F32:
+    """Return what a round of training sends coarsely, (upload size,); finite, else ``WireError``.
+
+    For float32 there is :func:`decode_adapter`.
+    """
+    (flat,) = decode(
+        from_record(content, "adapter", 1, manifest.upload, precision), manifest.upload
+    )
+    if not np.isfinite(flat).all():
+        raise WireError("bad-array", "entries that no encoder writes")
+    return flat
 
 
 def encode_hello(hello: Hello) -> RecordDict:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
+import numpy.typing as npt
+from flwr.app import Array, RecordDict
 
 from fedalign.errors import WireError
 from fedalign.wire.records import F32
@@ -18,30 +21,40 @@ MAX_NAME = 200
 
 
 def array(content: RecordDict, name: str, shape: tuple[int, ...]) -> F32:
-    """Return the one array of a record: float32 of exactly this shape, else ``WireError``.
+    """Return the one array of a record: float32 of exactly this shape, else ``WireError``."""
+    return np.asarray(arrays(content, name, {name: (shape, "float32")})[name], dtype=np.float32)
+
+
+def arrays(
+    content: RecordDict, record: str, expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a record by name: exactly those expected, each of its shape and type.
 
     Size and declared shape are looked at before the bytes are decoded, so that a short message
-    cannot ask for much memory.
+    cannot ask for much memory.  Anything else is a ``WireError``.
     """
     try:
-        record = content.array_records[name]
-        sent = record[name]
-        declared = (str(sent.dtype), tuple(sent.shape), len(record))
-        room = 4 * math.prod(shape) + HEADER_BYTES
-        if declared != ("float32", shape, 1) or len(sent.data) > room:
-            raise WireError("bad-array", f"expected float32 {shape}")
-        header = io.BytesIO(sent.data[:HEADER_BYTES])
-        np.lib.format.read_magic(header)
-        described = np.lib.format.read_array_header_1_0(header)
-        if described != (shape, False, np.dtype(np.float32)):
-            raise WireError("bad-array", f"expected float32 {shape}")
-        decoded = np.load(io.BytesIO(sent.data), allow_pickle=False)
+        sent = content.array_records[record]
+        if set(sent.keys()) != set(expected):
+            raise WireError("bad-array", f"expected {', '.join(expected)}")
+        return {name: _decoded(sent[name], *what) for name, what in expected.items()}
     except WireError:
         raise
     except Exception:
         # Whatever foreign bytes make a decoder raise, the message is broken and nothing else.
         raise WireError("bad-array") from None
-    return np.asarray(decoded, dtype=np.float32)
+
+
+def _decoded(sent: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    room = np.dtype(dtype).itemsize * math.prod(shape) + HEADER_BYTES
+    if (str(sent.dtype), tuple(sent.shape)) != (dtype, shape) or len(sent.data) > room:
+        raise WireError("bad-array", f"expected {dtype} {shape}")
+    header = io.BytesIO(sent.data[:HEADER_BYTES])
+    np.lib.format.read_magic(header)
+    described = np.lib.format.read_array_header_1_0(header)
+    if described != (shape, False, np.dtype(dtype)):
+        raise WireError("bad-array", f"expected {dtype} {shape}")
+    return np.asarray(np.load(io.BytesIO(sent.data), allow_pickle=False))
 
 
 def name(text: object) -> str:

@@ -1,10 +1,11 @@
 """Run (or resume) a federation in this process and kill it with SIGKILL at a named point.
 
-    python kill_run.py FOLDER POINT NTH [--real | --rewards]
+    python kill_run.py FOLDER POINT NTH [--real [--coarse] | --rewards]
 
 POINT is where to die, at the NTH time it is reached; ``none`` lets the run finish.  ``--real`` uses
-the real clients (pocket model, synthetic population, few steps); ``--rewards`` uses them in mode
-``rewards`` with a query budget; without either, numpy clients.
+the real clients (pocket model, synthetic population, few steps), with ``--coarse`` under frozen A
+and with int8 both ways and error feedback; ``--rewards`` uses them in mode ``rewards`` with a query
+budget; without either, numpy clients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import clients.trainer
 import server.checkpoint
 import server.policy_trainer
 import server.run
+from clients.residuals import Residuals
 from fedalign.config import Config, from_flat
 from fedalign.errors import ResumeError, RunFailed
 from fedalign.ledger import Ledger
@@ -46,6 +48,16 @@ POINTS: dict[str, tuple[Any, str]] = {
     "update": (server.policy_trainer, "improve"),
     "before-exchange-rows": (RewardStrategy, "record_exchange"),
     "predictor": (server.run, "aggregate_predictor"),
+    "residual": (Residuals, "keep"),
+}
+
+COARSE: dict[str, Any] = {
+    "run.rounds": 3,
+    "aggregation.method": "frozen-a",
+    "wire.upload": "int8",
+    "wire.download": "int8",
+    "wire.feedback": True,
+    "personal.steps": 0,
 }
 
 
@@ -102,6 +114,8 @@ def configuration(folder: Path, real: bool, rewards: bool) -> Config:
             "local.steps": 2,
             "personal.steps": 2,
         }
+        if "--coarse" in sys.argv:
+            flat |= COARSE
     else:
         flat |= {"model.rank": 2, "model.alpha": 4.0}
     flat["run.out"] = str(folder)

@@ -97,6 +97,31 @@ def test_engine_gives_the_same_bits_as_the_grid(
     assert rows == expected_rows
 
 
+def test_a_virtual_node_hosts_a_cohort(command: Command, tmp_path: Path) -> None:
+    """Two virtual nodes on two workers, each trains its six clients as one batch."""
+    settings = {
+        "data__clients_per_group": "3",
+        "run__clients_per_message": "6",
+        "local__cohort_size": "0",
+        # ``fedalign simulate`` gives a cohort all cores, a worker of the engine has one thread.
+        "local__threads": "1",
+        "personal__steps": "0",
+    }
+    for engine in ("inprocess", "flower"):
+        arguments = ("--engine", engine, "--nodes", "2", "--out", str(tmp_path / engine))
+        done = fedalign(command, tmp_path, *arguments, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+    adapter, rows = outcome(tmp_path / "flower")
+    expected, expected_rows = outcome(tmp_path / "inprocess")
+    assert np.array_equal(adapter, expected)
+    assert rows == expected_rows
+    with Ledger(tmp_path / "flower" / LEDGER, readonly=True) as ledger:
+        replies = [r for r in ledger.replies() if r.status == "ok"]
+        seconds = {(c.round, c.client): c.value for c in ledger.curves("tokens")}
+    assert len(replies) == 2 * 12
+    assert set(seconds) == {(r.round, r.client) for r in replies}
+
+
 def test_a_reward_run_gives_the_same_bits(command: Command, tmp_path: Path) -> None:
     settings = {
         "run__mode": "rewards",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from clients.residuals import FOLDER as RESIDUALS
 from fedalign.ledger import Ledger, canonical_rows
 from fedalign.runfolder import CHECKPOINT, LEDGER, PERSONAL, SPOOL
 from server.checkpoint import load
@@ -92,6 +93,25 @@ def test_real_clients_killed_in_training_and_in_the_personal_phase(tmp_path: Pat
     for name in kept:
         a, b = (load_file(f / PERSONAL / name)["adapter"] for f in (folder, whole))
         assert np.array_equal(a, b)
+
+
+def test_killed_with_residuals_of_error_feedback_half_written(tmp_path: Path) -> None:
+    """Five clients a round: killed with some residuals of a round written, and between rounds."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = ("--real", "--coarse")
+    assert start(whole, "none", 0, *flags) == 0
+    assert start(folder, "residual", 9, *flags) == -signal.SIGKILL  # round 2, the fourth client
+    assert start(folder, "after-spool", 1, *flags) == -signal.SIGKILL  # round 2, all written
+    assert start(folder, "residual", 7, *flags) == -signal.SIGKILL  # round 3, the second client
+    assert start(folder, "none", 0, *flags) == 0
+    check_equal(folder, whole)
+    names = sorted(p.name for p in (whole / RESIDUALS).iterdir())
+    assert len(names) == 2 * 5
+    assert names == sorted(p.name for p in (folder / RESIDUALS).iterdir())
+    for name in names:
+        a, b = (load_file(f / RESIDUALS / name)["residual"] for f in (folder, whole))
+        assert np.array_equal(a, b)
+        assert np.abs(a).max() > 0
 
 
 @pytest.fixture(scope="module")

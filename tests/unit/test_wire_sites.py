@@ -73,7 +73,7 @@ def test_a_refusal_travels_in_every_kind_of_reply(status: int) -> None:
 
 
 def test_the_codes_of_policies_have_names() -> None:
-    assert wire.PROTOCOL == 3
+    assert wire.PROTOCOL == 4
     assert wire.POLICY_CODES == (
         "refused-base-model",
         "refused-objective",

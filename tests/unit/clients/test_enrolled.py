@@ -92,6 +92,42 @@ def test_clipped_noised_rounded_and_withheld(make_home):
     assert rounded.score.n == exact.score.n
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_coarse_updates_stay_within_the_policys_bound_and_repeat(make_home, precision):
+    """Clipping goes before rounding, and what travels is within the bound all the same."""
+    bound = 0.02
+    home = make_home(policy=f"[update]\nclip = {bound}\n")
+    run = {
+        "aggregation.method": "frozen-a",
+        "wire.upload": precision,
+        "wire.download": precision,
+        "wire.feedback": True,
+    }
+    one = site(home)
+    hello = wire.decode_hello(one.serve(wire.HELLO, message(run, clients=())))
+    manifest = hello.manifest
+    flat = pack(initial_adapter(dict(manifest.layout), 0), manifest.layout)
+    sent = wire.broadcast_record(flat, manifest, precision)
+    received = flat[manifest.upload_mask()]
+
+    def train(round_: int, by: EnrolledSite):
+        asked = message(run, manifest_hash=manifest.hash, round=round_)
+        asked["adapter"] = sent
+        content = by.serve(wire.TRAIN, asked)
+        (reply,), factors = wire.decode_train(content, (SITE,), manifest, 0.0, precision, received)
+        assert reply.status == wire.OK
+        return factors[0]
+
+    first, second = train(1, one), train(2, one)
+    for change in (first, second):  # B is zero at the start
+        norm = ROW_NORM * float(np.linalg.norm(change.astype(np.float64)))
+        assert 0.98 * bound < norm <= bound
+    again = site(home)  # another process: the residual is on disk
+    assert np.array_equal(train(2, again), second)
+    kept = list((Home(home).store).rglob("residuals/*"))
+    assert len(kept) == 2
+
+
 def test_an_exchange_is_rounded_and_counted_as_the_stricter_side_wants(make_home):
     """Of a training question one text is answered, the next refused; the count is kept."""
     home = make_home(policy="[exchange]\nrounding = 0.25\nquery-budget = 1\n")

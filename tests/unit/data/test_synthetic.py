@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedalign.data import synthetic
+from fedalign.config import Config, DataConfig
+from fedalign.data import synthetic, world_many
+from fedalign.data.partition import build_clients
 from fedalign.data.records import SurveyItem
 from fedalign.errors import DataError
 
@@ -148,6 +150,31 @@ def test_balanced_groups_are_equal_in_size_and_in_shortfall(seed: int) -> None:
     assert max(base.values()) - min(base.values()) < 0.03
 
 
+def test_many_has_fifty_groups_spread_evenly_and_of_unequal_size() -> None:
+    centres = np.array(list(synthetic.CENTRES["many"].values()))
+    assert centres.shape == (50, 4)
+    assert list(synthetic.CENTRES["many"])[::49] == ["parish-01", "parish-50"]
+    for axis in centres.T:
+        np.testing.assert_allclose(np.sort(axis), world_many.SPREAD * np.linspace(-0.98, 0.98, 50))
+    apart = np.linalg.norm(centres[:, None] - centres, axis=-1)[np.triu_indices(50, 1)]
+    assert apart.min() > 0.9
+    people = list(synthetic.respondents("many").values())
+    assert people == sorted(people, reverse=True)
+    assert people[0] > 5 * people[-1] > 500
+    assert abs(sum(people) - synthetic.PEOPLE) <= 25
+    assert survey("many", 3) == survey("many", 3) != survey("many", 4)
+
+
+def test_the_scenario_many_has_a_thousand_clients_that_can_train_and_be_scored() -> None:
+    config = Config(
+        data=DataConfig(world="many", partition="sizes", clients_per_group="20"),
+    )
+    clients = build_clients(synthetic.generate("many", 0), config)
+    assert len(clients) == 1000
+    assert len({c.group for c in clients}) == 50
+    assert min(min(len(c.train), len(c.validation), len(c.test)) for c in clients) > 0
+
+
 def test_corpus_profile_fits_the_corpus_best() -> None:
     def fit(values: np.ndarray) -> float:
         return float(
@@ -167,5 +194,5 @@ def test_corpus_profile_fits_the_corpus_best() -> None:
 
 
 def test_unknown_world_is_refused() -> None:
-    with pytest.raises(DataError, match="choose one of default, balanced"):
+    with pytest.raises(DataError, match="choose default, balanced"):
         synthetic.generate("skewed", 0)

@@ -14,7 +14,7 @@ import pytest
 from fedalign.errors import FedalignError
 from fedalign.ledger import Ledger
 from fedalign.report.facts import gather
-from fedalign.report.html import build_report
+from fedalign.report.html import build_report, render
 from fedalign.report.summary import summarise_facts
 from fedalign.report.verdict import judge
 from fedalign.runfolder import LEDGER
@@ -139,6 +139,17 @@ def test_five_hundred_clients_quickly_and_small(run_folder):
     path = build_report(folder)
     assert time.perf_counter() - start < 30
     assert path.stat().st_size < 3_000_000
+
+
+def test_a_long_list_of_missing_numbers_is_cut_on_the_page_only(run_folder):
+    folder = run_folder()
+    with Ledger(folder / LEDGER, readonly=True) as ledger:
+        facts = gather(ledger)
+    missing = [{"name": "shared/group", "reason": f"client-{i:03d}: no-reply"} for i in range(500)]
+    page = render(facts, {**summarise_facts(facts), "missing": missing})
+    assert "500 numbers are missing (the first 60 are shown" in page
+    assert "client-059" in page
+    assert "client-060" not in page
 
 
 def test_missing_optimum_is_not_defined_with_its_reason(run_folder):

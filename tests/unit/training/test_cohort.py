@@ -127,7 +127,7 @@ def test_merged_llama_equals_separate_runs(
     data: str, pass_tokens: int, plain_llama, tiny, monkeypatch
 ) -> None:
     assert cohort_llama.supported(plain_llama)
-    monkeypatch.setattr("fedalign.training.cohort.PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr("fedalign.training.cohort_forward.PASS_TOKENS", pass_tokens)
     jobs = [
         replace(j, data=getattr(tiny, data)(4 + k, seed=k))
         for k, j in enumerate(jobs_of(plain_llama, tiny))
