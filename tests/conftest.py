@@ -1,4 +1,4 @@
-"""Shared fixtures: Flower's process identity, one thread, the folder of real data."""
+"""Shared fixtures: Flower's process identity, one thread and core, the folder of real data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):
+    # A core each: what starts a thread a core would otherwise fight the other workers for them.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

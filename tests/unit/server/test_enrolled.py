@@ -122,7 +122,7 @@ def test_what_a_revoked_site_sent_does_not_count(
     settings: Callable[..., Any], tmp_path: Path
 ) -> None:
     members = {c: Member(c, "g", 1, 1, 1, 1, 1, c.encode()) for c in ("a", "c")}
-    manifest: Any = type("M", (), {"hash": "h"})()
+    manifest: Any = type("M", (), {"hash": "h", "upload_size": 4})()
     directory = Directory(members, "survey", manifest, {}, enrolled=True)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         asking = Asking(settings(run__quorum=1.0), directory, ledger)
