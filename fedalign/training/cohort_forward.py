@@ -55,7 +55,6 @@ class StackedLayers:
         self._resident = resident
         self._adapted = adapted_layers(resident)
         self._stack: AdapterStack | None = None
-        self._rows = 0
 
     def begin(self, stack: AdapterStack) -> None:
         """Use this stack's factors from now on."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -185,7 +186,7 @@ def frames(path: Path) -> dict[str, str]:
     found["the descriptor's other end"] = attempt(lambda: os.read(ours, 1))
     for _ in range(20):
         with socket.socket(socket.AF_UNIX) as gone, suppress(OSError):
-            gone.connect(str(path))
+            enter(gone, path)
             gone.send(good[:30])
     return found
 
@@ -250,7 +251,7 @@ def exchange(path: Path, data: bytes, passed: list[Any] | None = None) -> str:
     """Send bytes; return the codes that came back, ``answer`` for more than codes, or ``none``."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
-        connection.connect(str(path))
+        enter(connection, path)
         line = Line(connection, 60)
         with suppress(OSError):
             if passed:
@@ -266,3 +267,17 @@ def exchange(path: Path, data: bytes, passed: list[Any] | None = None) -> str:
         return "answer"
     codes = content.metric_records["status"]["status"]
     return ",".join(wire.STATUS[int(code)] for code in codes) or "refused"
+
+
+def enter(connection: socket.socket, path: Path) -> None:
+    """Connect; where the queue of waiting callers is full, wait for a place in it."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            connection.connect(str(path))
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return
