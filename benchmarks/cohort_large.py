@@ -75,7 +75,7 @@ def large(size: str, device: torch.device, dtype: str, counts: list[int], repeat
         for count in counts:
             # Completions but their last token are rows; every completion token is scored.
             scored = sum(
-                len(work[k].data.rows[i].where) for k in range(count) for i in range(PROMPTS)
+                len(work[k].data.rows[i].slot) for k in range(count) for i in range(PROMPTS)
             ) / (count * PROMPTS)
             arms = {"cohort": train_cohort} | ({"one after another": train} if count <= 8 else {})
             for name, arm in arms.items():

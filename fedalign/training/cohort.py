@@ -117,7 +117,7 @@ class _Client:
             Question(
                 owner,
                 job.data.rows[k],
-                job.data.labels[k],
+                job.data.pairs[k],
                 None if known is None else known[at[k] : at[k + 1]],
             )
             for k in chosen
@@ -185,12 +185,12 @@ def _step(
     """Take one step for every active client and record its metrics."""
     chosen = [next(c.order) for c in active]
     step = [c.questions(own, row) for row, (c, own) in enumerate(zip(active, chosen, strict=True))]
-    pairs = np.array([sum(len(x.labels) for x in own) for own in step], dtype=np.float64)
+    pairs = np.array([sum(len(x.pairs.i) for x in own) for own in step], dtype=np.float64)
     totals: dict[str, np.ndarray] = {}
     stack.gradient.zero_()
     forward.begin(stack)
     # Scored positions of one prompt over its tokens, at most, bounds the logits of a pass.
-    dense = max(len(x.rows.where) / x.rows.tokens for own in step for x in own)
+    dense = max(len(x.rows.row) / x.rows.tokens for own in step for x in own)
     for part in in_passes(step, pass_tokens(resident, dense)):
         batch = collate(part, resident.device)
         for name, value in _pass(forward, batch, pairs, settings).items():

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from fedalign.training.examples import Label
-from fedalign.training.rows import PromptRows
+from fedalign.training.rows import Ints, PairRows, PromptRows
 
 PASS_TOKENS = 16_384
 """Padded tokens of one pass on a CPU: half as many take a tenth longer, and more gain little."""
@@ -32,7 +32,7 @@ class Question:
     owner: int
     """The client's place in the cohort."""
     rows: PromptRows
-    labels: tuple[Label, ...]
+    pairs: PairRows
     reference: np.ndarray | None
     """(completions,) of the prompt, or None."""
 
@@ -44,6 +44,8 @@ class CohortBatch:
     clients: int
     rows: torch.Tensor
     """(C n, T) int64, padded on the right; rows [c n, (c+1) n) are client c's."""
+    row_lengths: Ints
+    """(C n,) tokens of each row without padding; 0 for a row that only fills up."""
     positions: torch.Tensor
     """(C S,) int64 into the flattened rows, client by client; some may be there to fill up."""
     slot: torch.Tensor
@@ -87,58 +89,68 @@ def in_passes(step: Sequence[Sequence[Question]], most: int) -> list[list[list[Q
 
 def collate(part: Sequence[Sequence[Question]], device: torch.device) -> CohortBatch:
     """Return one pass as tensors."""
+    every = [x.rows for own in part for x in own]
+    sizes = np.array([len(own) for own in part])
     per_client = max(sum(len(x.rows.rows) for x in own) for own in part)
-    width = max(x.rows.longest for own in part for x in own)
-    table = np.zeros((len(part) * per_client, width), dtype=np.int64)
-    places: list[dict[int, int]] = []  # of each client: position to its number among its own
-    slot: list[tuple[int, int]] = []
-    token: list[int] = []
-    lengths: list[int] = []
-    i: list[int] = []
-    j: list[int] = []
-    q: list[float] = []
-    owner: list[int] = []
-    reference: list[np.ndarray] = []
-    for c, own in enumerate(part):
-        row = c * per_client
-        own_places: dict[int, int] = {}
-        places.append(own_places)
-        for x in own:
-            for k, ids in enumerate(x.rows.rows):
-                table[row + k, : len(ids)] = ids
-            slot += [
-                (c, own_places.setdefault((row + k) * width + column, len(own_places)))
-                for k, column in x.rows.where
-            ]
-            token += x.rows.token
-            first = len(lengths)
-            i += [first + label.i for label in x.labels]
-            j += [first + label.j for label in x.labels]
-            q += [label.q for label in x.labels]
-            owner += [x.owner] * len(x.labels)
-            lengths += x.rows.lengths
-            if x.reference is not None:
-                reference.append(x.reference)
-            row += len(x.rows.rows)
-    most = max(map(len, places))
-    positions = np.repeat(np.arange(len(part)) * per_client * width, most).reshape(-1, most)
-    for c, found in enumerate(places):
-        positions[c, : len(found)] = list(found)
+    width = max(x.longest for x in every)
+    # Of each prompt: its first row, its first position among its client's, its first completion.
+    client = np.repeat(np.arange(len(part)), sizes)
+    begins = np.cumsum(sizes) - sizes
+    first_row = client * per_client + _before([len(x.rows) for x in every], begins, sizes)
+    asked = np.array([len(x.row) for x in every])
+    place = _before(asked, begins, sizes)
+    counts = np.array([len(x.lengths) for x in every])
+    completion = np.cumsum(counts) - counts
 
-    def indices(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    table = np.zeros((len(part) * per_client, width), dtype=np.int64)
+    row_lengths = np.zeros(len(table), dtype=np.int64)
+    for row, x in zip(first_row.tolist(), every, strict=True):
+        for k, ids in enumerate(x.rows):
+            table[row + k, : len(ids)] = ids
+            row_lengths[row + k] = len(ids)
+    most = int(np.add.reduceat(asked, begins[sizes > 0]).max())
+    # A client with fewer positions than others asks its first row's first token to fill up.
+    positions = np.repeat(np.arange(len(part)) * per_client * width, most)
+    filled = np.repeat(client * most + place, asked) + _within(asked)
+    rows = np.repeat(first_row, asked) + np.concatenate([x.row for x in every])
+    positions[filled] = rows * width + np.concatenate([x.column for x in every])
+    scored = [len(x.slot) for x in every]
+    slot = np.repeat(client * most + place, scored) + np.concatenate([x.slot for x in every])
+    token = np.concatenate([x.token for x in every])
+    lengths = np.concatenate([x.lengths for x in every])
+
+    labelled = [x for own in part for x in own]
+    pairs = [len(x.pairs.i) for x in labelled]
+    shift = np.repeat(completion, pairs)
+    reference = [x.reference for x in labelled if x.reference is not None]
+
+    def tensor(values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
 
     return CohortBatch(
         clients=len(part),
-        rows=torch.from_numpy(table).to(device),
-        positions=torch.from_numpy(positions.reshape(-1)).to(device),
-        slot=indices([c * most + place for c, place in slot]),
-        token=indices(token),
-        lengths=indices(lengths),
+        rows=tensor(table),
+        row_lengths=row_lengths,
+        positions=tensor(positions),
+        slot=tensor(slot),
+        token=tensor(token),
+        lengths=tensor(lengths),
         single=len(token) == len(lengths),
-        i=indices(i),
-        j=indices(j),
-        q=torch.tensor(q, dtype=torch.float32, device=device),
-        owner=np.array(owner, dtype=np.int64),
-        reference=torch.from_numpy(np.concatenate(reference)).to(device) if reference else None,
+        i=tensor(shift + np.concatenate([x.pairs.i for x in labelled])),
+        j=tensor(shift + np.concatenate([x.pairs.j for x in labelled])),
+        q=tensor(np.concatenate([x.pairs.q for x in labelled])),
+        owner=np.repeat(np.array([x.owner for x in labelled], dtype=np.int64), pairs),
+        reference=tensor(np.concatenate(reference)) if reference else None,
     )
+
+
+def _before(counts: Sequence[int] | Ints, begins: Ints, sizes: Ints) -> Ints:
+    """Return for each prompt the sum of ``counts`` over the prompts of its client before it."""
+    counts = np.asarray(counts, dtype=np.int64)
+    total = np.cumsum(counts) - counts
+    return total - np.repeat(total[np.minimum(begins, len(total) - 1)], sizes)
+
+
+def _within(counts: Ints) -> Ints:
+    """Return 0, 1, ... for each prompt anew: (sum of counts,)."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

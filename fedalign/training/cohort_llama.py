@@ -4,15 +4,17 @@ Small matrices waste a processor: thin LoRA products, dozens of element-wise pas
 layer that is computed where nobody looks.  For a Llama small enough that a copy of its adapted
 weights for every client fits in memory, the same function is computed differently:
 
-* *Merged.*  W_c = W + s B_c A_c once a step, (C, out, in); queries, keys and values are one stacked
-  product, gate and up another.  The step's passes collect dL/dW_c, and one backward through the
-  merge gives dL/dA_c and dL/dB_c.  At width 64 and rank 8 this has about as many operations as the
-  thin products, in a third of the calls.
-* *Folded.*  The scale of the norm before a product, and the 1/sqrt(d) of attention, go into W_c.
+* *Merged.*  W_c = W + s B_c A_c once a step, (C, out, in).  The passes of a step collect dL/dW_c, and
+  dL/dB_c = s dL/dW_c A_c^T, dL/dA_c = s B_c^T dL/dW_c once at its end.  At width 64 and rank 8 this
+  has about as many operations as the thin products, in products that run at the core's own rate.
+* *Folded.*  The scale of the norm before a product, and the 1/sqrt(d) of attention, go into W_c:
+  with D_o and D_i the diagonal matrices, D_o W D_i once and for all, D_o B_c and A_c D_i every step.
 * *Interleaved.*  Rows of W_q and W_k are permuted so that rotary positions are one complex product;
   scores do not change when queries and keys are permuted alike.
 * *Pruned.*  In the last layer only the scored positions are asked: keys and values of all tokens,
   everything else of the last token of each prompt.
+* *Packed.*  Products see no padding, attention little (``llama_pass.py``).
+* *Written out.*  The layer's gradient is not left to autograd (``llama_layer.py``).
 
 Held against the model's own forward in the tests, values and gradients.  :func:`supported` says for
 which models it stands; everything else goes through ``cohort_forward.StackedLayers``.
@@ -23,12 +25,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedalign.models.base import ResidentModel
 from fedalign.training.cohort_batch import CohortBatch
+from fedalign.training.llama_layer import Ask, Attend, Finish, Layer, Weight
+from fedalign.training.llama_pass import Heads, lay_out
 from fedalign.training.stack import AdapterStack
 
 MOST_WEIGHTS = 2_000_000
@@ -48,6 +53,7 @@ def supported(resident: ResidentModel) -> bool:
         and not config.attention_bias
         and not config.mlp_bias
         and config.num_key_value_heads == config.num_attention_heads
+        and config.num_attention_heads * config.head_dim == config.hidden_size
         and config.rope_parameters["rope_type"] == "default"
         and resident.network.dtype == torch.float32
         and resident.device.type == "cpu"
@@ -57,20 +63,31 @@ def supported(resident: ResidentModel) -> bool:
 
 
 @dataclass(frozen=True)
-class _Merged:
-    """Weights of one decoder layer for each client, norms and scales folded in."""
+class _Part:
+    """One projection of the model inside a merged weight."""
 
-    query: Tensor
-    """(C, width, width), rows interleaved."""
-    key_value: Tensor
-    """(C, 2 width, width)."""
-    output: Tensor
-    gate_up: Tensor
-    """(C, 2 inner, width)."""
-    down: Tensor
+    stem: str
+    """Of its factors' keys in the layout."""
+    base: Tensor
+    """(out, in), folded."""
+    outputs: Tensor | None
+    """(out,): the place of each row in the model's own order; None is the same order."""
+    scale: float
+    """What the rows are multiplied with."""
+    inputs: Tensor | None
+    """(in,): what the columns are multiplied with; None is 1."""
 
-    def all(self) -> tuple[Tensor, ...]:
-        return (self.query, self.key_value, self.output, self.gate_up, self.down)
+    def b(self, stack: AdapterStack) -> Tensor:
+        """Return the folded B of every client: (C, out, rank)."""
+        b = stack.factors[f"{self.stem}.lora_B.weight"]
+        if self.outputs is not None:
+            b = b.index_select(1, self.outputs)
+        return b if self.scale == 1.0 else b * self.scale
+
+    def a(self, stack: AdapterStack) -> Tensor:
+        """Return the folded A of every client: (C, rank, in)."""
+        a = stack.factors[f"{self.stem}.lora_A.weight"]
+        return a if self.inputs is None else a * self.inputs
 
 
 class MergedLlama:
@@ -79,29 +96,34 @@ class MergedLlama:
     def __init__(self, resident: ResidentModel) -> None:
         self._network: Any = resident.network
         config: Any = resident.network.config
-        self._heads = int(config.num_attention_heads)
-        self._width = int(config.hidden_size)
-        self._size = int(config.head_dim)
+        count, size = int(config.num_attention_heads), int(config.head_dim)
+        theta = float(config.rope_parameters["rope_theta"])
+        frequencies = theta ** (-torch.arange(size // 2, dtype=torch.float32) / (size // 2))
+        self._heads = Heads(count, size, frequencies)
         self._epsilon = float(config.rms_norm_eps)
         self._scale = resident.config.alpha / resident.config.rank
-        half = self._size // 2
-        theta = float(config.rope_parameters["rope_theta"])
-        self._frequencies = theta ** (-torch.arange(half, dtype=torch.float32) / half)
-        pairs = torch.arange(self._size).view(2, half).t().reshape(-1)
-        self._interleaved = (torch.arange(self._heads)[:, None] * self._size + pairs).reshape(-1)
+        self._parts = [self._fold(k) for k in range(len(self._network.model.layers))]
         self._stack: AdapterStack | None = None
-        self._merged: list[_Merged] = []
-        self._leaves: list[_Merged] = []
+        self._layers: list[Layer] = []
 
     def begin(self, stack: AdapterStack) -> None:
         """Merge the factors into the weights of every layer."""
+        if self._stack is None or len(self._stack) != len(stack):
+            self._layers = [self._room(parts, len(stack)) for parts in self._parts]
         self._stack = stack
-        self._merged = [self._merge(stack, k) for k in range(len(self._network.model.layers))]
-        grown = torch.is_grad_enabled()
-        self._leaves = [
-            _Merged(*(w.detach().requires_grad_(grown and w.requires_grad) for w in m.all()))
-            for m in self._merged
-        ]
+        with torch.no_grad():
+            for part, weight in self._weights():
+                base = part.base.expand(len(stack), -1, -1)
+                if self._adapted(part):
+                    torch.baddbmm(
+                        base, part.b(stack), part.a(stack), alpha=self._scale, out=weight.value
+                    )
+                else:
+                    weight.value.copy_(base)
+        if torch.is_grad_enabled():
+            for layer in self._layers:
+                for whole in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                    whole.gradient.zero_()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a pass to the merged weights'."""
@@ -110,179 +132,109 @@ class MergedLlama:
     def finish(self) -> None:
         """Carry the gradients of the merged weights back to the factors."""
         assert self._stack is not None
-        pairs = [
-            (merged, leaf.grad)
-            for m, leaves in zip(self._merged, self._leaves, strict=True)
-            for merged, leaf in zip(m.all(), leaves.all(), strict=True)
-            if merged.requires_grad
-        ]
-        self._stack.add(
-            torch.autograd.grad(
-                [merged for merged, _ in pairs], self._stack.trainable(), [g for _, g in pairs]
-            )
-        )
+        stack = self._stack
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for part, weight in self._weights():
+                if not self._adapted(part):
+                    continue
+                if not stack.frozen_a:
+                    d_a = torch.bmm(part.b(stack).transpose(1, 2), weight.gradient)
+                    d_a = d_a if part.inputs is None else d_a.mul_(part.inputs)
+                    found[f"{part.stem}.lora_A.weight"] = d_a.mul_(self._scale)
+                d_b = torch.bmm(weight.gradient, part.a(stack).transpose(1, 2))
+                d_b = d_b.mul_(part.scale * self._scale)
+                if part.outputs is not None:
+                    d_b = torch.empty_like(d_b).index_copy_(1, part.outputs, d_b)
+                found[f"{part.stem}.lora_B.weight"] = d_b
+        stack.add([found[n] for n, factor in stack.factors.items() if factor.requires_grad])
 
     def logits(self, batch: CohortBatch) -> Tensor:
         """Return logits at the scored positions: (C S, vocabulary)."""
-        rows, columns = batch.rows.shape
-        position = torch.arange(columns, dtype=torch.float32)
-        angles = torch.outer(position, self._frequencies)
-        turn = torch.polar(torch.ones_like(angles), angles)  # (T, d/2)
-        future = torch.full((columns, columns), float("-inf")).triu(1)
-        x = F.embedding(batch.rows, self._network.model.embed_tokens.weight)
-        x = x.view(batch.clients, -1, self._width)  # (C, n T, width)
-        for layer in self._leaves[:-1]:
-            h = _Normed.apply(x, self._epsilon)
-            x = x + torch.bmm(self._attend(layer, h, rows, turn, future), _t(layer.output))
-            x = x + self._feed(layer, x)
-        x = self._last(self._leaves[-1], x, batch, turn, future)
-        x = self._network.model.norm(x.reshape(-1, self._width))
-        logits: Tensor = self._network.lm_head(x)
+        lengths = np.maximum(batch.row_lengths, 1)  # a row that only fills up is a token
+        at = lay_out(lengths, batch.clients, self._heads, self._epsilon)
+        columns = batch.rows.shape[1]
+        starts = torch.from_numpy(np.cumsum(lengths) - lengths)
+        row = batch.positions // columns
+        tokens = starts[row] + batch.positions % columns
+        real = torch.arange(columns) < torch.from_numpy(lengths)[:, None]
+        x = F.embedding(batch.rows[real], self._network.model.embed_tokens.weight).detach()
+        # A leaf that wants a gradient lets the functions of the layers take part in the backward.
+        x.requires_grad_(torch.is_grad_enabled())
+        first = True
+        for layer in self._layers[:-1]:
+            read = Attend.apply(x, layer, at, first)
+            x = Finish.apply(x, read, layer, at.sizes, self._epsilon)
+            first = False
+        layer = self._layers[-1]
+        if len(row) == len(lengths) and bool((row == torch.arange(len(row))).all()):
+            read = Ask.apply(x, tokens, layer, at, first)
+        else:  # texts of several tokens: a row is asked at many positions
+            read = Attend.apply(x, layer, at, first).index_select(0, tokens)
+        each = [len(tokens) // batch.clients] * batch.clients
+        x = Finish.apply(x.index_select(0, tokens), read, layer, each, self._epsilon)
+        logits: Tensor = self._network.lm_head(self._network.model.norm(x))
         return logits
 
-    def _attend(self, w: _Merged, h: Tensor, rows: int, turn: Tensor, future: Tensor) -> Tensor:
-        """Return what attention reads, (C, n T, width), before the output product."""
-        columns = len(future)
-        weight = torch.cat([w.query, w.key_value], dim=1)
-        three = torch.bmm(h, _t(weight)).view(rows, columns, 3, self._heads, self._size)
-        three = three.permute(2, 0, 3, 1, 4).contiguous()  # (3, R, heads, T, d)
-        both = _turned(three[:2], turn).view(2, -1, columns, self._size)
-        scores = torch.baddbmm(future, both[0], _t(both[1]))
-        read = torch.bmm(_Softmax.apply(scores), three[2].view(-1, columns, self._size))
-        read = read.view(rows, self._heads, columns, self._size).transpose(1, 2)
-        return read.reshape(h.shape)
+    # --- weights ------------------------------------------------------------------------------
 
-    def _last(
-        self, w: _Merged, x: Tensor, batch: CohortBatch, turn: Tensor, future: Tensor
-    ) -> Tensor:
-        """Return the last layer's output at the scored positions: (C, S, width)."""
-        rows, columns = batch.rows.shape
-        picked = (batch.clients, -1, self._width)
-        h = _Normed.apply(x, self._epsilon)
-        x = x.reshape(-1, self._width).index_select(0, batch.positions).view(picked)
-        column = batch.positions % columns
-        if not _one_a_row(batch):  # texts of several tokens: nearly every position is asked
-            read = self._attend(w, h, rows, turn, future).reshape(-1, self._width)
-            x = x + torch.bmm(read.index_select(0, batch.positions).view(picked), _t(w.output))
-            return x + self._feed(w, x)
-        two = torch.bmm(h, _t(w.key_value)).view(rows, columns, 2, self._heads, self._size)
-        two = two.permute(2, 0, 3, 1, 4).contiguous()  # (2, R, heads, T, d)
-        keys = _turned(two[0], turn).view(-1, columns, self._size)
-        asked = h.reshape(-1, self._width).index_select(0, batch.positions).view(picked)
-        query = torch.bmm(asked, _t(w.query)).view(-1, self._heads, 1, self._size)
-        query = _turned(query, turn[column, None, None]).view(-1, 1, self._size)
-        scores = torch.bmm(query, _t(keys)).view(rows, self._heads, columns)
-        weights = _Softmax.apply(scores + future[column, None])
-        values = two[1].view(-1, columns, self._size)
-        read = torch.bmm(weights.view(-1, 1, columns), values)
-        x = x + torch.bmm(read.view(picked), _t(w.output))
-        return x + self._feed(w, x)
-
-    def _feed(self, w: _Merged, x: Tensor) -> Tensor:
-        inner = torch.bmm(_Normed.apply(x, self._epsilon), _t(w.gate_up))
-        return torch.bmm(_Gated.apply(inner), _t(w.down))
-
-    def _merge(self, stack: AdapterStack, k: int) -> _Merged:
+    def _fold(self, k: int) -> list[list[_Part]]:
+        """Return the parts of the four merged weights of the k-th layer, in order."""
         layer = self._network.model.layers[k]
+        heads, size = self._heads.count, self._heads.size
+        pairs = torch.arange(size).view(2, -1).t().reshape(-1)
+        turned = (torch.arange(heads)[:, None] * size + pairs).reshape(-1)
 
-        def weight(part: str, name: str) -> Tensor:
-            module = layer.get_submodule(f"{part}.{name}")
-            base = getattr(module, "base_layer", module).weight
-            stem = f"base_model.model.model.layers.{k}.{part}.{name}"
-            every = base.unsqueeze(0).expand(len(stack), -1, -1)
-            if f"{stem}.lora_A.weight" not in stack.factors:
-                return every
-            a = stack.factors[f"{stem}.lora_A.weight"]
-            b = stack.factors[f"{stem}.lora_B.weight"]
-            return torch.baddbmm(every, b, a, alpha=self._scale)
+        def part(
+            name: str,
+            norm: torch.nn.Module | None = None,
+            outputs: Tensor | None = None,
+            scale: float = 1.0,
+        ) -> _Part:
+            module = layer.get_submodule(name)
+            base = getattr(module, "base_layer", module).weight.detach()
+            inputs: Any = None if norm is None else norm.weight.detach()  # type: ignore[union-attr]
+            if outputs is not None:
+                base = base.index_select(0, outputs)
+            base = base * scale if inputs is None else base * scale * inputs
+            return _Part(f"base_model.model.model.layers.{k}.{name}", base, outputs, scale, inputs)
 
-        before, between = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        query = weight("self_attn", "q_proj").index_select(1, self._interleaved) * self._size**-0.5
-        key = weight("self_attn", "k_proj").index_select(1, self._interleaved)
-        value = weight("self_attn", "v_proj")
-        gate, up = weight("mlp", "gate_proj"), weight("mlp", "up_proj")
-        return _Merged(
-            query * before,
-            torch.cat([key, value], dim=1) * before,
-            weight("self_attn", "o_proj"),
-            torch.cat([gate, up], dim=1) * between,
-            weight("mlp", "down_proj"),
-        )
-
-
-class _Normed(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in four passes each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
-        """Return the normed values; keep them and 1 / root."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        out = x * inverse
-        ctx.save_for_backward(out, inverse)
-        return out
+        before, between = layer.input_layernorm, layer.post_attention_layernorm
+        return [
+            [
+                part("self_attn.q_proj", before, turned, size**-0.5),
+                part("self_attn.k_proj", before, turned),
+                part("self_attn.v_proj", before),
+            ],
+            [part("self_attn.o_proj")],
+            [part("mlp.gate_proj", between), part("mlp.up_proj", between)],
+            [part("mlp.down_proj")],
+        ]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return (g - y mean(g y)) / root."""
-        out, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradient, out).unsqueeze(-1).div_(-out.shape[-1])
-        return torch.addcmul(gradient, out, along).mul_(inverse), None
+    def _room(parts: list[list[_Part]], clients: int) -> Layer:
+        """Return a layer of weights yet to be merged."""
 
+        def room(own: list[_Part]) -> Weight:
+            shape = (clients, sum(len(p.base) for p in own), own[0].base.shape[1])
+            return Weight(torch.empty(shape), torch.empty(shape))
 
-class _Softmax(torch.autograd.Function):
-    """Softmax over the last dimension; torch's own gradient depends on the number of threads."""
+        return Layer(*(room(own) for own in parts))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return the softmax and keep it."""
-        out = x.softmax(dim=-1)
-        ctx.save_for_backward(out)
-        return out
+    def _weights(self) -> list[tuple[_Part, Weight]]:
+        """Return every projection with its rows of the merged weights."""
+        found = []
+        for parts, layer in zip(self._parts, self._layers, strict=True):
+            wholes = (layer.qkv, layer.output, layer.gate_up, layer.down)
+            for own, whole in zip(parts, wholes, strict=True):
+                start = 0
+                for part in own:
+                    stop = start + len(part.base)
+                    found.append((part, whole.rows(start, stop)))
+                    start = stop
+        return found
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return p (g - sum(p g))."""
-        (out,) = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradient, out).unsqueeze(-1)
-        return (gradient - along).mul_(out)
+    def _adapted(self, part: _Part) -> bool:
+        assert self._stack is not None
+        return f"{part.stem}.lora_A.weight" in self._stack.factors
 
-
-class _Gated(torch.autograd.Function):
-    """silu(gate) up, of (..., 2 inner) to (..., inner); keeps its input alone."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        """Return the gated values."""
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return the gradient of both halves."""
-        (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        out = torch.empty_like(both)
-        out_gate, out_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), gradient, out=out_up)
-        torch.ops.aten.silu_backward.grad_input(up * gradient, gate, grad_input=out_gate)
-        return out
-
-
-def _t(x: Tensor) -> Tensor:
-    return x.transpose(-1, -2)
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Return (..., T, d) rotated by position: adjacent pairs are complex numbers."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
-
-
-def _one_a_row(batch: CohortBatch) -> bool:
-    """Return whether the k-th scored position is in the k-th row, for every row."""
-    rows, columns = batch.rows.shape
-    if len(batch.positions) != rows:
-        return False
-    return bool((batch.positions // columns == torch.arange(rows)).all())

@@ -32,7 +32,7 @@ from fedalign.training.generate import (
     uniform_table,
     write,
 )
-from fedalign.training.rows import lay_out
+from fedalign.training.rows import NO_PAIRS, lay_out
 
 Text = tuple[Ids, bool]
 """Tokens, and whether the last one is an end token."""
@@ -105,7 +105,7 @@ def _first_tokens(
 ) -> tuple[list[dict[int, list[Text]]], set[int]]:
     """Return texts of one token: by client, by place among its prompts; and broken clients."""
     part = [
-        [Question(c, lay_out(Prompt(r.prompts[k], ((0,),))), (), None) for k in own]
+        [Question(c, lay_out(Prompt(r.prompts[k], ((0,),))), NO_PAIRS, None) for k in own]
         for c, (r, own) in enumerate(zip(requests, places, strict=True))
     ]
     batch = collate(part, resident.device)

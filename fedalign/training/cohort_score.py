@@ -28,7 +28,7 @@ from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import CohortForward, pass_tokens, token_logps
 from fedalign.training.dpo import differences
 from fedalign.training.examples import survey_prompt
-from fedalign.training.rows import lay_out
+from fedalign.training.rows import NO_PAIRS, lay_out
 from fedalign.training.score import Floats, SurveyAnswer, pair_prompts
 from fedalign.training.stack import AdapterStack
 
@@ -140,10 +140,10 @@ def _cohort(
         spans = [slice(*ends) for ends in itertools.pairwise(starts)]
         # As ``in_passes`` orders them: a pass then holds the next few of every list.
         order = sorted(range(len(own)), key=lambda k: -rows[k].longest)
-        asked.append([Question(owner, rows[k], (), None) for k in order])
+        asked.append([Question(owner, rows[k], NO_PAIRS, None) for k in order])
         places.append([spans[k] for k in order])
         out.append(np.empty(starts[-1]))
-    dense = max(len(x.rows.where) / x.rows.tokens for own in asked for x in own)
+    dense = max(len(x.rows.row) / x.rows.tokens for own in asked for x in own)
     with torch.no_grad():
         forward.begin(stack)
         done = [0] * len(asked)

@@ -26,7 +26,7 @@ from fedalign.training.cohort_batch import CohortBatch, Question, collate
 from fedalign.training.cohort_forward import CohortForward, StackedLayers, pass_tokens
 from fedalign.training.policy_measure import Episodes, by_prompt
 from fedalign.training.prefix import PrefixBatch
-from fedalign.training.rows import PromptRows, lay_out
+from fedalign.training.rows import NO_PAIRS, PromptRows, lay_out
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -124,7 +124,7 @@ class CohortTexts:
         else:
             batch = collate(
                 [
-                    [Question(place, self._own[c].rows[g], (), None) for g in prompts]
+                    [Question(place, self._own[c].rows[g], NO_PAIRS, None) for g in prompts]
                     for place, (c, prompts) in enumerate(part)
                 ],
                 device,

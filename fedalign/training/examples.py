@@ -31,7 +31,7 @@ from fedalign.models.base import ResidentModel
 from fedalign.randomness import generator, unit_interval
 from fedalign.training.batch import Prompt
 from fedalign.training.encode import Encoded, encode, encode_text, render
-from fedalign.training.rows import PromptRows, lay_out
+from fedalign.training.rows import PairRows, PromptRows, lay_out
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,18 @@ class TrainingSet:
     def rows(self) -> tuple[PromptRows, ...]:
         """Each prompt laid out; made once, since a client trains on it in every round."""
         return tuple(lay_out(p) for p in self.prompts)
+
+    @cached_property
+    def pairs(self) -> tuple[PairRows, ...]:
+        """The labels of each prompt as arrays."""
+        return tuple(
+            PairRows(
+                np.array([x.i for x in own], dtype=np.int64),
+                np.array([x.j for x in own], dtype=np.int64),
+                np.array([x.q for x in own], dtype=np.float32),
+            )
+            for own in self.labels
+        )
 
 
 def training_set(

@@ -1,49 +1,81 @@
 """A prompt's rows and scored tokens, worked out once and used in every step.
 
 Completions whose rows (``batch.py``) are the same share one; all one-letter answers of a question
-have a single row.
+have a single row.  Positions that predict several scored tokens are asked once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from fedalign.training.batch import Prompt
 from fedalign.training.encode import Ids
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class PromptRows:
     """Distinct rows of a prompt, and its scored tokens in completion order."""
 
-    rows: tuple[Ids, ...]
-    where: tuple[tuple[int, int], ...]
-    """(row, column) that predicts each scored token."""
-    token: tuple[int, ...]
-    """The scored tokens."""
-    lengths: tuple[int, ...]
-    """Tokens of each completion."""
+    rows: tuple[Ints, ...]
+    row: Ints
+    """(S,) of the row of each distinct position that is asked."""
+    column: Ints
+    """(S,) of its place in that row."""
+    slot: Ints
+    """(N,) into the positions: the one that predicts each scored token."""
+    token: Ints
+    """(N,) the scored tokens."""
+    lengths: Ints
+    """(completions,) tokens of each completion."""
     longest: int
     """Tokens of the longest row."""
     tokens: int
     """Tokens of all rows."""
 
 
+@dataclass(frozen=True, eq=False)
+class PairRows:
+    """Labelled pairs of a prompt's completions."""
+
+    i: Ints
+    """(pairs,) into the completions, as ``j``."""
+    j: Ints
+    q: np.ndarray[Any, np.dtype[np.float32]]
+    """(pairs,) share that preferred ``i``."""
+
+
+NO_PAIRS = PairRows(*(np.empty(0, dtype=np.int64) for _ in "ij"), np.empty(0, dtype=np.float32))
+
+
 def lay_out(prompt: Prompt) -> PromptRows:
     """Return what a prompt's completions need."""
     rows: dict[Ids, int] = {}
-    where: list[tuple[int, int]] = []
+    places: dict[tuple[int, int], int] = {}
+    slot: list[int] = []
     token: list[int] = []
     start = len(prompt.tokens) - 1
     for completion in prompt.completions:
         row = rows.setdefault(prompt.tokens + completion[:-1], len(rows))
-        where += [(row, start + offset) for offset in range(len(completion))]
+        for offset in range(len(completion)):
+            slot.append(places.setdefault((row, start + offset), len(places)))
         token += completion
     return PromptRows(
-        tuple(rows),
-        tuple(where),
-        tuple(token),
-        tuple(map(len, prompt.completions)),
-        max(map(len, rows)),
-        sum(map(len, rows)),
+        rows=tuple(map(_ints, rows)),
+        row=_ints([row for row, _ in places]),
+        column=_ints([column for _, column in places]),
+        slot=_ints(slot),
+        token=_ints(token),
+        lengths=_ints([len(c) for c in prompt.completions]),
+        longest=max(map(len, rows)),
+        tokens=sum(map(len, rows)),
     )
+
+
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)

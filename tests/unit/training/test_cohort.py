@@ -2,7 +2,7 @@
 
 AdamW divides a gradient by its own size, so an entry whose gradient is nearly zero may move by a
 rounding error's sign.  Equality is therefore asked of B A, what a layer adds to its weights, in
-units of its largest entry: every entry within 5e-4, and 1e-5 on average.
+units of its largest entry: every entry within 2e-3, and 2e-5 on average.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fedalign.models.base import ResidentModel
 from fedalign.training import cohort_batch, cohort_llama
 from fedalign.training.cohort import cohort_size, forward_of, train_cohort
 from fedalign.training.cohort_batch import Question, collate, in_passes
-from fedalign.training.cohort_forward import StackedLayers
+from fedalign.training.cohort_forward import StackedLayers, token_logps
 from fedalign.training.loop import TrainJob, TrainResult, train
 from fedalign.training.rows import lay_out
-from fedalign.training.stack import AdapterStack
+from fedalign.training.stack import AdapterStack, stacked_factors
 
 SETTINGS = LocalConfig(batch_size=4)
 
@@ -100,8 +100,8 @@ def assert_same(
             one, other = products(resident, a), products(resident, b)
             for name in one:
                 error = np.abs(one[name] - other[name]) / np.abs(other[name]).max()
-                assert error.max() <= 5e-4, name
-                assert error.mean() <= 1e-5, name
+                assert error.max() <= 2e-3, name
+                assert error.mean() <= 2e-5, name
         assert got.metrics.keys() == expected.metrics.keys()
         for name, value in expected.metrics.items():
             assert got.metrics[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
@@ -288,7 +288,7 @@ def test_merged_logits_are_the_models_own(data: str, plain_llama, tiny) -> None:
     ]
     stack = stack_of(plain_llama, jobs)
     step = [
-        [Question(c, rows, job.data.labels[k], None) for k, rows in enumerate(job.data.rows)]
+        [Question(c, rows, job.data.pairs[k], None) for k, rows in enumerate(job.data.rows)]
         for c, job in enumerate(jobs)
     ]
     (part,) = in_passes(step, 10**6)
@@ -298,7 +298,41 @@ def test_merged_logits_are_the_models_own(data: str, plain_llama, tiny) -> None:
         merged.begin(stack)
         stacked.begin(stack)
         a, b = merged.logits(batch), stacked.logits(batch)
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(a, b, atol=6e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("data", ["survey_like", "text_like"])
+@pytest.mark.parametrize("targets", ["all-linear", "k_proj,o_proj,up_proj"])
+@pytest.mark.parametrize("most", [10**6, 64])
+def test_merged_gradients_are_the_models_own(
+    most: int, targets: str, data: str, plain_llama, tiny
+) -> None:
+    """One step's gradient of every factor, which no optimiser has magnified yet."""
+    resident = model(plain_llama.folder, targets=targets)
+    jobs = [
+        replace(j, data=getattr(tiny, data)(3, seed=k))
+        for k, j in enumerate(jobs_of(resident, tiny, 3))
+    ]
+    step = [
+        [Question(c, rows, job.data.pairs[k], None) for k, rows in enumerate(job.data.rows)]
+        for c, job in enumerate(jobs)
+    ]
+    found = []
+    for forward in (cohort_llama.MergedLlama(resident), StackedLayers(resident)):
+        stack = stack_of(resident, jobs)
+        for _ in range(2):  # what an earlier step left must not count
+            stack.gradient.zero_()
+            forward.begin(stack)
+            for part in in_passes(step, most):
+                batch = collate(part, resident.device)
+                logps = token_logps(forward.logits(batch), batch.slot, batch.token)
+                forward.backward((logps * torch.linspace(0.5, 2.0, len(logps))).sum())
+            forward.finish()
+        found.append(stacked_factors(stack.gradient, resident.layout))
+    for name, expected in found[1].items():
+        error = torch.linalg.vector_norm(found[0][name] - expected, dim=(1, 2))
+        assert (error <= 2e-5 * torch.linalg.vector_norm(expected, dim=(1, 2))).all(), name
+        assert (expected != 0).any(dim=(1, 2)).all()
 
 
 def stack_of(resident: ResidentModel, jobs: list[TrainJob]) -> AdapterStack:
@@ -335,7 +369,7 @@ def test_size_is_what_was_asked_or_what_fits(plain_llama, monkeypatch) -> None:
 def test_passes_hold_every_prompt_once_longest_first(tiny) -> None:
     data = tiny.survey_like(9, seed=3)
     step = [
-        [Question(c, lay_out(p), data.labels[k], None) for k, p in enumerate(data.prompts[c:])]
+        [Question(c, lay_out(p), data.pairs[k], None) for k, p in enumerate(data.prompts[c:])]
         for c in range(3)
     ]
     passes = in_passes(step, 3 * 2 * 12)
