@@ -30,7 +30,7 @@ from fedalign.training import cohort, loop
 from fedalign.training.batch import Prompt
 from fedalign.training.cohort import train_cohort
 from fedalign.training.cohort_batch import CohortBatch
-from fedalign.training.cohort_forward import StackedLayers
+from fedalign.training.cohort_forward import StackedLayers, token_logps
 from fedalign.training.dpo import differences, pair_losses
 from fedalign.training.examples import training_set
 from fedalign.training.loop import TrainJob, TrainResult, train
@@ -330,9 +330,7 @@ def replay(made: World, steps: Sequence[Sequence[CohortBatch]], local: LocalConf
             stack.gradient.zero_()
             forward.begin(stack)
             for batch, share in zip(passes, shares, strict=True):
-                every = torch.log_softmax(forward.logits(batch), dim=-1, dtype=torch.float32)
-                flat = batch.slot * every.shape[1] + batch.token
-                logps = every.view(-1).index_select(0, flat)
+                logps = token_logps(forward.logits(batch), batch.slot, batch.token)
                 if not batch.single:
                     logps = torch.segment_reduce(logps, "sum", lengths=batch.lengths)
                 delta = differences(logps, batch.reference, batch.lengths, batch.i, batch.j, local)

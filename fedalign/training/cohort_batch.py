@@ -44,6 +44,8 @@ class CohortBatch:
     clients: int
     rows: torch.Tensor
     """(C n, T) int64, padded on the right; rows [c n, (c+1) n) are client c's."""
+    nodes: Ints
+    """(C n, T): equal where rows of one client begin alike, up to and with a token; -1 behind."""
     row_lengths: Ints
     """(C n,) tokens of each row without padding; 0 for a row that only fills up."""
     positions: torch.Tensor
@@ -103,10 +105,12 @@ def collate(part: Sequence[Sequence[Question]], device: torch.device) -> CohortB
     completion = np.cumsum(counts) - counts
 
     table = np.zeros((len(part) * per_client, width), dtype=np.int64)
+    nodes = np.full_like(table, -1)
     row_lengths = np.zeros(len(table), dtype=np.int64)
     for row, x in zip(first_row.tolist(), every, strict=True):
-        for k, ids in enumerate(x.rows):
+        for k, (ids, own) in enumerate(zip(x.rows, x.nodes, strict=True)):
             table[row + k, : len(ids)] = ids
+            nodes[row + k, : len(ids)] = own
             row_lengths[row + k] = len(ids)
     most = int(np.add.reduceat(asked, begins[sizes > 0]).max())
     # A client with fewer positions than others asks its first row's first token to fill up.
@@ -130,6 +134,7 @@ def collate(part: Sequence[Sequence[Question]], device: torch.device) -> CohortB
     return CohortBatch(
         clients=len(part),
         rows=tensor(table),
+        nodes=nodes,
         row_lengths=row_lengths,
         positions=tensor(positions),
         slot=tensor(slot),

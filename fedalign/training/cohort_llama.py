@@ -4,16 +4,17 @@ Small matrices waste a processor: thin LoRA products, dozens of element-wise pas
 layer that is computed where nobody looks.  For a Llama small enough that a copy of its adapted
 weights for every client fits in memory, the same function is computed differently:
 
-* *Merged.*  W_c = W + s B_c A_c once a step, (C, out, in).  The passes of a step collect dL/dW_c, and
-  dL/dB_c = s dL/dW_c A_c^T, dL/dA_c = s B_c^T dL/dW_c once at its end.  At width 64 and rank 8 this
-  has about as many operations as the thin products, in products that run at the core's own rate.
+* *Merged.*  W_c = W + s B_c A_c once a step, (C, out, in).  The passes of a step collect dL/dW_c,
+  and dL/dB_c = s dL/dW_c A_c^T, dL/dA_c = s B_c^T dL/dW_c once at its end.  At width 64 and rank 8
+  this has about as many operations as the thin products, but they run at the core's own rate.
 * *Folded.*  The scale of the norm before a product, and the 1/sqrt(d) of attention, go into W_c:
-  with D_o and D_i the diagonal matrices, D_o W D_i once and for all, D_o B_c and A_c D_i every step.
+  with D_o and D_i the diagonal matrices, D_o W D_i once and for all, D_o B_c and A_c D_i each step.
 * *Interleaved.*  Rows of W_q and W_k are permuted so that rotary positions are one complex product;
   scores do not change when queries and keys are permuted alike.
 * *Pruned.*  In the last layer only the scored positions are asked: keys and values of all tokens,
   everything else of the last token of each prompt.
-* *Packed.*  Products see no padding, attention little (``llama_pass.py``).
+* *Packed.*  Products see no padding and no token twice: prompts that begin alike share their
+  beginning (``llama_pass.py``).  Attention sees little padding.
 * *Written out.*  The layer's gradient is not left to autograd (``llama_layer.py``).
 
 Held against the model's own forward in the tests, values and gradients.  :func:`supported` says for
@@ -74,8 +75,10 @@ class _Part:
     """(out,): the place of each row in the model's own order; None is the same order."""
     scale: float
     """What the rows are multiplied with."""
-    inputs: Tensor | None
-    """(in,): what the columns are multiplied with; None is 1."""
+    inputs: Tensor
+    """(in,): what the columns are multiplied with."""
+    inputs_scaled: Tensor
+    """The same times the adapter's scale."""
 
     def b(self, stack: AdapterStack) -> Tensor:
         """Return the folded B of every client: (C, out, rank)."""
@@ -86,8 +89,7 @@ class _Part:
 
     def a(self, stack: AdapterStack) -> Tensor:
         """Return the folded A of every client: (C, rank, in)."""
-        a = stack.factors[f"{self.stem}.lora_A.weight"]
-        return a if self.inputs is None else a * self.inputs
+        return stack.factors[f"{self.stem}.lora_A.weight"] * self.inputs
 
 
 class MergedLlama:
@@ -100,24 +102,30 @@ class MergedLlama:
         theta = float(config.rope_parameters["rope_theta"])
         frequencies = theta ** (-torch.arange(size // 2, dtype=torch.float32) / (size // 2))
         self._heads = Heads(count, size, frequencies)
+        self._width = int(config.hidden_size)
         self._epsilon = float(config.rms_norm_eps)
         self._scale = resident.config.alpha / resident.config.rank
         self._parts = [self._fold(k) for k in range(len(self._network.model.layers))]
         self._stack: AdapterStack | None = None
         self._layers: list[Layer] = []
+        self._rooms: list[tuple[_Part, Weight]] = []
+        """Every projection with its rows of the merged weights."""
+        self._merged: list[tuple[_Part, Tensor, Tensor, Tensor]] = []
+        """Every adapted one with the gradient of its rows, and its folded A and B of this step."""
 
     def begin(self, stack: AdapterStack) -> None:
         """Merge the factors into the weights of every layer."""
         if self._stack is None or len(self._stack) != len(stack):
-            self._layers = [self._room(parts, len(stack)) for parts in self._parts]
+            self._make_room(len(stack))
         self._stack = stack
+        self._merged = []
         with torch.no_grad():
-            for part, weight in self._weights():
+            for part, weight in self._rooms:
                 base = part.base.expand(len(stack), -1, -1)
-                if self._adapted(part):
-                    torch.baddbmm(
-                        base, part.b(stack), part.a(stack), alpha=self._scale, out=weight.value
-                    )
+                if f"{part.stem}.lora_A.weight" in stack.factors:
+                    a, b = part.a(stack), part.b(stack)
+                    torch.baddbmm(base, b, a, alpha=self._scale, out=weight.value)
+                    self._merged.append((part, weight.gradient, a, b))
                 else:
                     weight.value.copy_(base)
         if torch.is_grad_enabled():
@@ -135,15 +143,11 @@ class MergedLlama:
         stack = self._stack
         found: dict[str, Tensor] = {}
         with torch.no_grad():
-            for part, weight in self._weights():
-                if not self._adapted(part):
-                    continue
+            for part, gradient, a, b in self._merged:
                 if not stack.frozen_a:
-                    d_a = torch.bmm(part.b(stack).transpose(1, 2), weight.gradient)
-                    d_a = d_a if part.inputs is None else d_a.mul_(part.inputs)
-                    found[f"{part.stem}.lora_A.weight"] = d_a.mul_(self._scale)
-                d_b = torch.bmm(weight.gradient, part.a(stack).transpose(1, 2))
-                d_b = d_b.mul_(part.scale * self._scale)
+                    d_a = torch.bmm(b.transpose(1, 2), gradient).mul_(part.inputs_scaled)
+                    found[f"{part.stem}.lora_A.weight"] = d_a
+                d_b = torch.bmm(gradient, a.transpose(1, 2)).mul_(part.scale * self._scale)
                 if part.outputs is not None:
                     d_b = torch.empty_like(d_b).index_copy_(1, part.outputs, d_b)
                 found[f"{part.stem}.lora_B.weight"] = d_b
@@ -152,13 +156,11 @@ class MergedLlama:
     def logits(self, batch: CohortBatch) -> Tensor:
         """Return logits at the scored positions: (C S, vocabulary)."""
         lengths = np.maximum(batch.row_lengths, 1)  # a row that only fills up is a token
-        at = lay_out(lengths, batch.clients, self._heads, self._epsilon)
-        columns = batch.rows.shape[1]
-        starts = torch.from_numpy(np.cumsum(lengths) - lengths)
-        row = batch.positions // columns
-        tokens = starts[row] + batch.positions % columns
-        real = torch.arange(columns) < torch.from_numpy(lengths)[:, None]
-        x = F.embedding(batch.rows[real], self._network.model.embed_tokens.weight).detach()
+        at = lay_out(batch.nodes, lengths, batch.clients, self._heads, self._epsilon)
+        row = batch.positions // batch.rows.shape[1]
+        tokens = at.token.view(-1)[batch.positions]
+        words = batch.rows.view(-1)[at.first]
+        x = F.embedding(words, self._network.model.embed_tokens.weight).detach()
         # A leaf that wants a gradient lets the functions of the layers take part in the backward.
         x.requires_grad_(torch.is_grad_enabled())
         first = True
@@ -187,17 +189,23 @@ class MergedLlama:
 
         def part(
             name: str,
-            norm: torch.nn.Module | None = None,
+            norm: Any = None,
             outputs: Tensor | None = None,
             scale: float = 1.0,
         ) -> _Part:
             module = layer.get_submodule(name)
             base = getattr(module, "base_layer", module).weight.detach()
-            inputs: Any = None if norm is None else norm.weight.detach()  # type: ignore[union-attr]
+            inputs: Any = torch.ones(base.shape[1]) if norm is None else norm.weight.detach()
             if outputs is not None:
                 base = base.index_select(0, outputs)
-            base = base * scale if inputs is None else base * scale * inputs
-            return _Part(f"base_model.model.model.layers.{k}.{name}", base, outputs, scale, inputs)
+            return _Part(
+                f"base_model.model.model.layers.{k}.{name}",
+                base * scale * inputs,
+                outputs,
+                scale,
+                inputs,
+                inputs * self._scale,
+            )
 
         before, between = layer.input_layernorm, layer.post_attention_layernorm
         return [
@@ -211,30 +219,20 @@ class MergedLlama:
             [part("mlp.down_proj")],
         ]
 
-    @staticmethod
-    def _room(parts: list[list[_Part]], clients: int) -> Layer:
-        """Return a layer of weights yet to be merged."""
-
-        def room(own: list[_Part]) -> Weight:
-            shape = (clients, sum(len(p.base) for p in own), own[0].base.shape[1])
-            return Weight(torch.empty(shape), torch.empty(shape))
-
-        return Layer(*(room(own) for own in parts))
-
-    def _weights(self) -> list[tuple[_Part, Weight]]:
-        """Return every projection with its rows of the merged weights."""
-        found = []
-        for parts, layer in zip(self._parts, self._layers, strict=True):
-            wholes = (layer.qkv, layer.output, layer.gate_up, layer.down)
-            for own, whole in zip(parts, wholes, strict=True):
+    def _make_room(self, clients: int) -> None:
+        """Make the merged weights' memory, and note which rows of it each projection has."""
+        self._layers, self._rooms = [], []
+        for parts in self._parts:
+            wholes = []
+            for own in parts:
+                shape = (clients, sum(len(p.base) for p in own), own[0].base.shape[1])
+                whole = Weight(torch.empty(shape), torch.empty(shape))
+                wholes.append(whole)
                 start = 0
                 for part in own:
                     stop = start + len(part.base)
-                    found.append((part, whole.rows(start, stop)))
+                    self._rooms.append((part, whole.rows(start, stop)))
                     start = stop
-        return found
-
-    def _adapted(self, part: _Part) -> bool:
-        assert self._stack is not None
-        return f"{part.stem}.lora_A.weight" in self._stack.factors
-
+            qkv, output, gate_up, down = wholes
+            query, key_value = qkv.rows(0, self._width), qkv.rows(self._width, 3 * self._width)
+            self._layers.append(Layer(qkv, query, key_value, output, gate_up, down))

@@ -105,7 +105,10 @@ def _first_tokens(
 ) -> tuple[list[dict[int, list[Text]]], set[int]]:
     """Return texts of one token: by client, by place among its prompts; and broken clients."""
     part = [
-        [Question(c, lay_out(Prompt(r.prompts[k], ((0,),))), NO_PAIRS, None) for k in own]
+        [
+            Question(c, rows, NO_PAIRS, None)
+            for rows in lay_out([Prompt(r.prompts[k], ((0,),)) for k in own])
+        ]
         for c, (r, own) in enumerate(zip(requests, places, strict=True))
     ]
     batch = collate(part, resident.device)

@@ -135,7 +135,7 @@ def _cohort(
     places: list[list[slice]] = []  # of the questions as asked: where their results stand
     out: list[Floats] = []
     for owner, own in enumerate(prompts):
-        rows = [lay_out(p) for p in own]
+        rows = lay_out(own)
         starts = np.cumsum([0, *(len(r.lengths) for r in rows)]).tolist()
         spans = [slice(*ends) for ends in itertools.pairwise(starts)]
         # As ``in_passes`` orders them: a pass then holds the next few of every list.

@@ -41,7 +41,7 @@ class _Own:
     """Its distinct prompts with their texts."""
     members: list[list[int]]
     """Numbers of these texts among its own."""
-    rows: list[PromptRows]
+    rows: tuple[PromptRows, ...]
     """Of each prompt; empty where prompts are shared."""
 
 
@@ -82,7 +82,7 @@ class CohortTexts:
         self.owner = np.repeat(np.repeat(np.arange(len(episodes)), counts), self.lengths)
         self._resident = resident
         self._own = [
-            _Own(first, prompts, members, [] if self.shared else [lay_out(p) for p in prompts])
+            _Own(first, prompts, members, () if self.shared else lay_out(prompts))
             for first, (prompts, members) in zip(ends, groups, strict=False)
         ]
 

@@ -77,7 +77,7 @@ class TrainingSet:
     @cached_property
     def rows(self) -> tuple[PromptRows, ...]:
         """Each prompt laid out; made once, since a client trains on it in every round."""
-        return tuple(lay_out(p) for p in self.prompts)
+        return lay_out(self.prompts)
 
     @cached_property
     def pairs(self) -> tuple[PairRows, ...]:

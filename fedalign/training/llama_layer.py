@@ -1,6 +1,6 @@
 """A decoder layer of a small Llama for many clients at once, gradients written out.
 
-Tokens are packed (``llama_pass.py``): x (M, width), a slice for each client, which meets its own
+Tokens are packed (``llama_pass.py``): x (M, width), a slice for each client that meets its own
 weights:
 
     h = x / rms(x)                                       (norms' scales stand in the weights)
@@ -23,7 +23,6 @@ Held against the model's own layers in ``tests/unit/training/test_cohort.py``, v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,53 +33,53 @@ from torch import Tensor
 from fedalign.training.llama_pass import Bucket, Pass
 
 
-@dataclass(frozen=True)
 class Weight:
-    """One matrix for each client, and the sum of its gradients."""
+    """One matrix for each client, and the sum of its gradients.
 
-    value: Tensor
-    """(C, out, in)."""
-    gradient: Tensor
-    """(C, out, in)."""
+    Attributes:
+        value: (C, out, in).
+        gradient: (C, out, in).
+    """
+
+    def __init__(self, value: Tensor, gradient: Tensor) -> None:
+        self.value, self.gradient = value, gradient
+        # Views made once: a product is too short for many calls around it.
+        self._values, self._gradients = value.unbind(), gradient.unbind()
+        self._turned = value.transpose(1, 2).unbind()
 
     def rows(self, start: int, stop: int) -> Weight:
         """Return some of the outputs, as views."""
         return Weight(self.value[:, start:stop], self.gradient[:, start:stop])
 
-    def of(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    def of(self, x: Tensor, sizes: list[int]) -> Tensor:
         """Return x W^T, (M, in) to (M, out): ``sizes`` rows of x for each client in turn."""
         out = x.new_empty((len(x), self.value.shape[1]))
-        cuts = zip(x.split(sizes), self.value.transpose(1, 2), out.split(sizes), strict=True)
-        for own, weight, place in cuts:
+        for own, weight, place in zip(_cut(x, sizes), self._turned, _cut(out, sizes), strict=True):
             torch.mm(own, weight, out=place)
         return out
 
-    def on(self, total: Tensor, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    def on(self, total: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
         """Return total + x W^T."""
         out = torch.empty_like(total)
-        cuts = zip(
-            total.split(sizes),
-            x.split(sizes),
-            self.value.transpose(1, 2),
-            out.split(sizes),
-            strict=True,
-        )
-        for before, own, weight, place in cuts:
-            torch.addmm(before, own, weight, out=place)
+        before, places = _cut(total, sizes), _cut(out, sizes)
+        for base, own, weight, place in zip(
+            before, _cut(x, sizes), self._turned, places, strict=True
+        ):
+            torch.addmm(base, own, weight, out=place)
         return out
 
-    def back(self, gradient: Tensor, sizes: Sequence[int]) -> Tensor:
+    def back(self, gradient: Tensor, sizes: list[int]) -> Tensor:
         """Return the gradient of x from that of ``of(x)``: (M, out) to (M, in)."""
         out = gradient.new_empty((len(gradient), self.value.shape[2]))
-        cuts = zip(gradient.split(sizes), self.value, out.split(sizes), strict=True)
+        cuts = zip(_cut(gradient, sizes), self._values, _cut(out, sizes), strict=True)
         for own, weight, place in cuts:
             torch.mm(own, weight, out=place)
         return out
 
-    def add(self, gradient: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
+    def add(self, gradient: Tensor, x: Tensor, sizes: list[int]) -> None:
         """Add to the weights' gradients what ``of(x)`` contributes."""
-        cuts = zip(gradient.t().split(sizes, 1), x.split(sizes), self.gradient, strict=True)
-        for own, inputs, total in cuts:
+        cuts = zip(gradient.t().split_with_sizes(sizes, 1), _cut(x, sizes), strict=True)
+        for (own, inputs), total in zip(cuts, self._gradients, strict=True):
             torch.addmm(total, own, inputs, out=total)
 
 
@@ -90,6 +89,10 @@ class Layer:
 
     qkv: Weight
     """(C, 3 width, width); adjacent rows of a head in q and k are one complex number."""
+    query: Weight
+    """Its first rows."""
+    key_value: Weight
+    """Its other rows."""
     output: Weight
     gate_up: Weight
     """(C, 2 inner, width)."""
@@ -116,7 +119,7 @@ class Attend(torch.autograd.Function):
             kept.append((three, p, read))
         ctx.kept, ctx.normed = kept, (h, inverse)
         ctx.layer, ctx.at, ctx.first = layer, at, first
-        return at.packed(reads)
+        return at.own(reads)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -135,7 +138,7 @@ class Attend(torch.autograd.Function):
             torch.bmm(_t(d_scores), query, out=d_three[1])
             turn_(d_three[:2], bucket.back)
             bucket.join(d_three, places)
-        d_qkv = at.packed(places)
+        d_qkv = at.summed(places)
         weight.add(d_qkv, h, at.sizes)
         if ctx.first:
             return None, None, None, None
@@ -147,13 +150,11 @@ class Ask(torch.autograd.Function):
     """The same at one token of every row: (R, width)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, tokens: Tensor, layer: Layer, at: Pass, first: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, layer: Layer, at: Pass, first: bool) -> Tensor:
         """``tokens`` (R,): the k-th is of the k-th row."""
         h, inverse = normed(x, at.epsilon)
         width = x.shape[1]
-        asking, answering = layer.qkv.rows(0, width), layer.qkv.rows(width, 3 * width)
+        asking, answering = layer.query, layer.key_value
         kv = answering.of(h, at.sizes)
         asked = h.index_select(0, tokens)
         each = [len(tokens) // len(at.sizes)] * len(at.sizes)
@@ -200,7 +201,7 @@ class Ask(torch.autograd.Function):
             turn_(d_two[:1], bucket.back)
             d_queries.index_copy_(0, bucket.rows, d_query.view(len(column), -1))
             bucket.join(d_two, places)
-        d_kv = at.packed(places)
+        d_kv = at.summed(places)
         answering.add(d_kv, h, at.sizes)
         asking.add(d_queries, asked, each)
         if ctx.first:
@@ -215,7 +216,7 @@ class Finish(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, read: Tensor, layer: Layer, sizes: Sequence[int], epsilon: float
+        ctx: Any, x: Tensor, read: Tensor, layer: Layer, sizes: list[int], epsilon: float
     ) -> Tensor:
         """Return the layer's output (N, width) for x and ``read`` of that shape."""
         x = layer.output.on(x, read, sizes)
@@ -233,7 +234,7 @@ class Finish(torch.autograd.Function):
         """Add the gradients of the weights; return those of x and of ``read``."""
         read, h, inverse, both, opened, inner = ctx.kept
         layer: Layer = ctx.layer
-        sizes: Sequence[int] = ctx.sizes
+        sizes: list[int] = ctx.sizes
         layer.down.add(gradient, inner, sizes)
         d_inner = layer.down.back(gradient, sizes)
         gate, up = both.chunk(2, dim=-1)
@@ -273,6 +274,11 @@ def turn_(x: Tensor, turn: Tensor) -> None:
 def _each_head(x: Tensor, bucket: Bucket) -> Tensor:
     """Return one token of every row, by head: (R_b, heads, 1, d)."""
     return x.view(len(bucket.rows), bucket.heads.count, 1, bucket.heads.size)
+
+
+def _cut(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Return each client's rows of x."""
+    return x.split_with_sizes(sizes)
 
 
 def _t(x: Tensor) -> Tensor:

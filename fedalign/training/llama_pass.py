@@ -1,13 +1,18 @@
 """How the tokens of a pass lie: packed for products, in padded buckets of rows for attention.
 
-A product of tokens with weights wants no padding: the M real tokens of a pass stand one after
-another, client by client, row by row, and a client's are one slice.  Attention wants rows of equal
-length: rows of all clients are sorted by length and cut into a few buckets, each as wide as its
-longest row, (R_b heads, T_b, d).  Two index arrays lead from one layout to the other.
+*Packed.*  A product of tokens with weights wants no padding, and no token twice: under causal
+attention a token's values follow from the tokens up to it, so rows that begin alike share their
+beginning.  The M distinct tokens of a pass stand client by client, and a client's are one slice.
 
-Rows shorter than their bucket are filled up with their last token.  Under causal attention no real
-token sees what stands behind it, so values there are never used; gradients there are set to zero
-before they enter (:meth:`Bucket.split_gradient`), so nothing comes back from them.
+*Places.*  Attention wants rows of equal length: rows of all clients are sorted by length and cut
+into a few buckets, each as wide as its longest row, (R_b heads, T_b, d).  Every place has a token;
+a token that several rows share has several places, and one of them is *its own*.  Places behind a
+row's end hold its last token again.
+
+Values of a token are read at its own place.  So gradients enter at own places alone
+(:meth:`Bucket.split_gradient`); what comes out at the places of shared keys and values is summed
+(:meth:`Pass.summed`).  No real token sees what stands behind a row's end, and no gradient enters
+there, so none comes out.
 """
 
 from __future__ import annotations
@@ -45,8 +50,8 @@ class Bucket:
     """(R_b,) numbers of the rows in the pass."""
     tokens: Tensor
     """(R_b T_b,) the packed token at each place."""
-    filled: Tensor
-    """Places that only fill up."""
+    others: Tensor
+    """Places that are not their token's own."""
     start: int
     """Places of the buckets before."""
     heads: Heads
@@ -74,13 +79,13 @@ class Bucket:
         return cut.contiguous().view(parts, -1, self.columns, self.heads.size)
 
     def split_gradient(self, packed: Tensor) -> Tensor:
-        """Return (M, heads d) as (R_b heads, T_b, d), zero where a place only fills up."""
-        g = packed.index_select(0, self.tokens).index_fill_(0, self.filled, 0.0)
+        """Return (M, heads d) as (R_b heads, T_b, d), zero where a place is not a token's own."""
+        g = packed.index_select(0, self.tokens).index_fill_(0, self.others, 0.0)
         shape = (len(self.rows), self.columns, self.heads.count, self.heads.size)
         return g.view(shape).transpose(1, 2).reshape(-1, self.columns, self.heads.size)
 
     def join(self, x: Tensor, out: Tensor) -> None:
-        """Write (parts, R_b heads, T_b, d) to this bucket's places of ``out`` (places, parts h d)."""
+        """Write (parts, R_b heads, T_b, d) to its places of ``out`` (places, parts heads d)."""
         heads, size = self.heads.count, self.heads.size
         cut = x.view(-1, len(self.rows), heads, self.columns, size).permute(1, 3, 0, 2, 4)
         out[self.places].view(cut.shape).copy_(cut)
@@ -88,21 +93,36 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Pass:
-    """M tokens of R rows of C clients."""
+    """M distinct tokens of R rows of C clients."""
 
     sizes: list[int]
     """Tokens of each client."""
     buckets: list[Bucket]
+    token: Tensor
+    """(R, T) the packed token at each column of each row."""
+    first: Tensor
+    """(M,) where each token is found first among the flattened (R, T)."""
     place: Tensor
-    """(M,) where each token stands among the places of all buckets."""
+    """(M,) its own place among those of all buckets."""
+    again: Tensor
+    """Places of real tokens that are not their own."""
+    again_token: Tensor
+    """The tokens there."""
     column: Tensor
-    """(M,) its place in its own row."""
+    """(M,) how many tokens stand before it in its row."""
     epsilon: float
     """Of the norms."""
 
-    def packed(self, places: Tensor) -> Tensor:
-        """Return values at all places as values of tokens."""
+    def own(self, places: Tensor) -> Tensor:
+        """Return values at tokens' own places: (places, n) to (M, n)."""
         return places.index_select(0, self.place)
+
+    def summed(self, places: Tensor) -> Tensor:
+        """Return sums over all places of each token: (places, n) to (M, n)."""
+        total = self.own(places)
+        if len(self.again):
+            total.index_add_(0, self.again_token, places.index_select(0, self.again))
+        return total
 
     def room(self, like: Tensor, width: int) -> Tensor:
         """Return room for ``width`` values at every place."""
@@ -110,35 +130,55 @@ class Pass:
         return like.new_empty((last, width))
 
 
-def lay_out(lengths: Ints, clients: int, heads: Heads, epsilon: float) -> Pass:
+def lay_out(nodes: Ints, lengths: Ints, clients: int, heads: Heads, epsilon: float) -> Pass:
     """Return the layout of ``clients`` clients with as many rows each.
 
-    ``lengths`` (R,) tokens of each row, at least 1, client by client.
+    Args:
+        nodes: (R, T), client by client: equal where rows of one client begin alike, up to and with
+            a column (``rows.py``).  What stands behind a row's end does not matter.
+        lengths: (R,) tokens of each row, at least 1.
+        clients: C.
+        heads: attention of the model.
+        epsilon: of its norms.
     """
-    starts = np.cumsum(lengths) - lengths
-    order = np.argsort(-lengths, kind="stable")
-    count = int(np.clip(len(lengths) // BUCKET_ROWS, 1, MOST_BUCKETS))
-    column = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    place = np.empty(len(column), dtype=np.int64)
-    widest = int(lengths.max())
-    angles = torch.outer(torch.arange(widest, dtype=torch.float32), heads.frequencies)
+    rows, columns = nodes.shape
+    column = np.arange(columns)
+    real = column < lengths[:, None]
+    client = np.repeat(np.arange(clients), rows // clients)
+    known = (client[:, None] * (nodes.max() + 2) + nodes + 1)[real]
+    _, first, inverse = np.unique(known, return_index=True, return_inverse=True)
+    flat = np.flatnonzero(real)
+    token = np.empty(nodes.shape, dtype=np.int64)
+    token[real] = inverse
+    token = np.where(real, token, token[np.arange(rows), lengths - 1][:, None])
+    first = flat[first]
+    is_own = np.zeros(nodes.size, dtype=bool)
+    is_own[first] = True
+    is_own = is_own.reshape(nodes.shape)
+
+    angles = torch.outer(torch.arange(columns, dtype=torch.float32), heads.frequencies)
     turn = torch.polar(torch.ones_like(angles), angles)
     back = turn.conj().resolve_conj()
-    future = torch.full((widest, widest), float("-inf")).triu(1)
+    future = torch.full((columns, columns), float("-inf")).triu(1)
+    order = np.argsort(-lengths, kind="stable")
+    count = int(np.clip(rows // BUCKET_ROWS, 1, MOST_BUCKETS))
+    place = np.empty(len(first), dtype=np.int64)
+    again: list[Ints] = []
+    again_token: list[Ints] = []
     buckets: list[Bucket] = []
     start = 0
-    for rows in np.array_split(order, count):
-        own = lengths[rows]
-        width = int(own[0])
-        columns = np.arange(width)
-        real = columns < own[:, None]  # (R_b, T_b)
-        tokens = starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)
-        place[tokens[real]] = start + np.flatnonzero(real)
+    for chosen in np.array_split(order, count):
+        width = int(lengths[chosen[0]])
+        tokens, own = token[chosen, :width].reshape(-1), is_own[chosen, :width].reshape(-1)
+        place[tokens[own]] = start + np.flatnonzero(own)
+        repeated = np.flatnonzero(real[chosen, :width].reshape(-1) & ~own)
+        again.append(start + repeated)
+        again_token.append(tokens[repeated])
         buckets.append(
             Bucket(
-                torch.from_numpy(rows),
-                torch.from_numpy(tokens.reshape(-1)),
-                torch.from_numpy(np.flatnonzero(~real)),
+                torch.from_numpy(chosen),
+                torch.from_numpy(tokens),
+                torch.from_numpy(np.flatnonzero(~own)),
                 start,
                 heads,
                 turn[:width],
@@ -147,5 +187,14 @@ def lay_out(lengths: Ints, clients: int, heads: Heads, epsilon: float) -> Pass:
             )
         )
         start += tokens.size
-    sizes = lengths.reshape(clients, -1).sum(axis=1).tolist()
-    return Pass(sizes, buckets, torch.from_numpy(place), torch.from_numpy(column), epsilon)
+    return Pass(
+        np.bincount(client[first // columns], minlength=clients).tolist(),
+        buckets,
+        torch.from_numpy(token),
+        torch.from_numpy(first),
+        torch.from_numpy(place),
+        torch.from_numpy(np.concatenate(again)),
+        torch.from_numpy(np.concatenate(again_token)),
+        torch.from_numpy(first % columns),
+        epsilon,
+    )

@@ -23,6 +23,9 @@ class PromptRows:
     """Distinct rows of a prompt, and its scored tokens in completion order."""
 
     rows: tuple[Ints, ...]
+    nodes: tuple[Ints, ...]
+    """Of each token of each row: a number that rows have in common as far as they begin alike,
+    among all prompts that were laid out together."""
     row: Ints
     """(S,) of the row of each distinct position that is asked."""
     column: Ints
@@ -50,11 +53,18 @@ class PairRows:
     """(pairs,) share that preferred ``i``."""
 
 
-NO_PAIRS = PairRows(*(np.empty(0, dtype=np.int64) for _ in "ij"), np.empty(0, dtype=np.float32))
+_NONE: Ints = np.empty(0, dtype=np.int64)
+NO_PAIRS = PairRows(_NONE, _NONE, np.empty(0, dtype=np.float32))
 
 
-def lay_out(prompt: Prompt) -> PromptRows:
-    """Return what a prompt's completions need."""
+def lay_out(prompts: Sequence[Prompt]) -> tuple[PromptRows, ...]:
+    """Return what the completions of each of one client's prompts need."""
+    trie: dict[tuple[int, int], int] = {}
+    return tuple(_lay_out(prompt, trie) for prompt in prompts)
+
+
+def _lay_out(prompt: Prompt, trie: dict[tuple[int, int], int]) -> PromptRows:
+    """``trie`` knows the number of a token after a number, and learns new ones."""
     rows: dict[Ids, int] = {}
     places: dict[tuple[int, int], int] = {}
     slot: list[int] = []
@@ -65,8 +75,16 @@ def lay_out(prompt: Prompt) -> PromptRows:
         for offset in range(len(completion)):
             slot.append(places.setdefault((row, start + offset), len(places)))
         token += completion
+    nodes: list[Ints] = []
+    for ids in rows:
+        node, path = -1, []
+        for t in ids:
+            node = trie.setdefault((node, t), len(trie))
+            path.append(node)
+        nodes.append(_ints(path))
     return PromptRows(
         rows=tuple(map(_ints, rows)),
+        nodes=tuple(nodes),
         row=_ints([row for row, _ in places]),
         column=_ints([column for _, column in places]),
         slot=_ints(slot),

@@ -19,7 +19,7 @@ from fedalign.config import LocalConfig, ModelConfig
 from fedalign.errors import ConfigError, WireError
 from fedalign.models.base import ResidentModel
 from fedalign.training import cohort_batch, cohort_llama
-from fedalign.training.cohort import cohort_size, forward_of, train_cohort
+from fedalign.training.cohort import cohort_size, forward_of, side_by_side, train_cohort
 from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import StackedLayers, token_logps
 from fedalign.training.loop import TrainJob, TrainResult, train
@@ -247,6 +247,45 @@ def test_same_cohort_same_bytes_and_every_size_gives_the_same_in_order(resident,
         assert_same(resident, found, once)
 
 
+def test_no_bit_depends_on_the_threads_of_merged_cohorts(plain_llama, tiny) -> None:
+    jobs = jobs_of(plain_llama, tiny, 11)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(train_cohort(plain_llama, jobs, SETTINGS, 0))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert_same(plain_llama, found[0], train(plain_llama, jobs, SETTINGS, 0))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a.adapter.tobytes() == b.adapter.tobytes()
+            assert a.metrics == b.metrics
+
+
+def test_an_error_on_a_thread_ends_the_work_and_leaves_threads_as_they_were(
+    plain_llama, tiny, monkeypatch
+) -> None:
+    jobs = jobs_of(plain_llama, tiny, 11)
+    monkeypatch.setattr("fedalign.training.cohort._step", lambda *_: 1 / 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            train_cohort(plain_llama, jobs, SETTINGS, 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cohorts_side_by_side_are_at_least_two_of_at_least_four() -> None:
+    given = {1: 4, 8: 4, 9: 5, 16: 8, 32: 16, 64: 16, 1000: 16}
+    assert {jobs: side_by_side(64, jobs) for jobs in given} == given
+    assert side_by_side(6, 1000) == 1  # what fits in memory fits for all of them
+
+
 def test_jobs_that_cannot_run_are_refused_before_anything_is_done(resident, tiny) -> None:
     jobs = jobs_of(resident, tiny, 2)
     with pytest.raises(WireError, match="adapter_all_zero"):
@@ -369,7 +408,7 @@ def test_size_is_what_was_asked_or_what_fits(plain_llama, monkeypatch) -> None:
 def test_passes_hold_every_prompt_once_longest_first(tiny) -> None:
     data = tiny.survey_like(9, seed=3)
     step = [
-        [Question(c, lay_out(p), data.pairs[k], None) for k, p in enumerate(data.prompts[c:])]
+        [Question(c, p, data.pairs[k], None) for k, p in enumerate(lay_out(data.prompts[c:]))]
         for c in range(3)
     ]
     passes = in_passes(step, 3 * 2 * 12)
