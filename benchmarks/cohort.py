@@ -7,7 +7,7 @@ Arms run in turns in this process, on the same clients, examples and steps (``co
 - **one after another**: our lean loop over the resident base, everything prepared.  Four variants,
   one or all threads, batches whole or cut in two by length, are tried on 8 clients; the quickest
   stands for it everywhere.
-- **cohort**: ``train_cohort`` as the product calls it, on all threads; also on one.
+- **cohort**: ``train_cohort`` as the product calls it, side by side on all threads; also on one.
 - **stacked**: the same through ``StackedLayers``, the path of any model that is not merged.
 - **TRL**: its DPOTrainer, one client after another.  It knows hard votes and the base as reference
   alone and takes pairs; so this comparison has one pair a prompt for every arm.
@@ -52,8 +52,6 @@ from cohort_arms import (
     jobs,
     lean,
     nudged,
-    recorded,
-    replay,
     summary,
     threads,
     together,
@@ -61,9 +59,8 @@ from cohort_arms import (
     world,
 )
 from cohort_large import large
+from cohort_replay import Calls, recorded, replay
 from cohort_rounds import profile_table, profiled, rounds
-
-from fedalign.training.cohort_batch import CohortBatch
 
 PLAIN, COHORT, ONE, STACKED, TRL = (
     "one after another",
@@ -147,14 +144,13 @@ def replayed(made: World, count: int, cores: int, repeats: int) -> dict[str, Any
     """Return a cohort's time over that of its forward, backward and optimiser steps, in turns."""
     local = made.config.local
     run = together(made, jobs(made, count, local), local, cores)
-    steps: list[list[CohortBatch]] = []
-    with recorded(steps):
+    calls: Calls = []
+    with recorded(calls):
         run()
     whole, alone = [], []
     for turn in range(repeats + 1):
         seconds, _ = in_turns({COHORT: run}, 1, warm=False)
-        with threads(cores):
-            bare = replay(made, steps, local)
+        bare = replay(made, calls, local, cores)
         if turn:
             whole += seconds[COHORT]
             alone.append(bare)

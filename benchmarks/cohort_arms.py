@@ -26,16 +26,12 @@ from fedalign.data.records import ClientData
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array, pack
 from fedalign.models.resident import resident_model
-from fedalign.training import cohort, loop
+from fedalign.training import cohort_llama, loop
 from fedalign.training.batch import Prompt
 from fedalign.training.cohort import train_cohort
-from fedalign.training.cohort_batch import CohortBatch
-from fedalign.training.cohort_forward import StackedLayers, token_logps
-from fedalign.training.dpo import differences, pair_losses
 from fedalign.training.examples import training_set
 from fedalign.training.loop import TrainJob, TrainResult, train
 from fedalign.training.reference import reference_kind, reference_logps
-from fedalign.training.stack import AdapterStack
 from simulations.scenario import load
 
 TYPICAL_ERROR, WORST_ERROR, SCORE_ERROR = 2e-5, 2e-3, 1e-5
@@ -135,14 +131,14 @@ def together(
     """The cohort; ``stacked`` leaves merging aside, as for a model that cannot be merged."""
 
     def run() -> list[TrainResult]:
-        before = cohort.forward_of
+        before = cohort_llama.supported
         if stacked:
-            cohort.forward_of = StackedLayers  # type: ignore[assignment]
+            cohort_llama.supported = lambda _: False
         try:
             with threads(count):
                 return train_cohort(made.model, work, local, made.config.run.seed)
         finally:
-            cohort.forward_of = before
+            cohort_llama.supported = before
 
     return run
 
@@ -281,62 +277,3 @@ def check(
             raise SystemExit(f"{name} did not train the adapters of {against}: {found}")
         out[name] = found
     return out
-
-
-# --- replay -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def recorded(steps: list[list[CohortBatch]]) -> Iterator[None]:
-    """Keep the batches of every pass of every step that cohorts take."""
-    cut, build = cohort.in_passes, cohort.collate
-
-    def new_step(*given: Any) -> Any:
-        steps.append([])
-        return cut(*given)
-
-    def keep(*given: Any) -> CohortBatch:
-        batch = build(*given)
-        steps[-1].append(batch)
-        return batch
-
-    cohort.in_passes, cohort.collate = new_step, keep  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        cohort.in_passes, cohort.collate = cut, build
-
-
-def replay(made: World, steps: Sequence[Sequence[CohortBatch]], local: LocalConfig) -> float:
-    """Return seconds of forward, backward and optimiser steps alone over recorded batches.
-
-    Every step of a stack follows another; a new stack is made, off the clock, where the number of
-    clients changes or ``local.steps`` have been taken.
-    """
-    model, total, stack = made.model, 0.0, None
-    forward = cohort.forward_of(model)
-    with model.training(), torch.enable_grad():
-        for passes in steps:
-            clients = passes[0].clients
-            if stack is None or len(stack) != clients or stack.steps == local.steps:
-                rates = [local.learning_rate] * clients
-                stack = AdapterStack(
-                    [made.start] * clients, rates, model.layout, model.device, model.frozen_a
-                )
-            owners = np.concatenate([batch.owner for batch in passes])
-            each = (1.0 / np.bincount(owners, minlength=clients)).astype(np.float32)
-            shares = [torch.from_numpy(each[b.owner]).to(model.device) for b in passes]
-            began = time.perf_counter()
-            stack.gradient.zero_()
-            forward.begin(stack)
-            for batch, share in zip(passes, shares, strict=True):
-                logps = token_logps(forward.logits(batch), batch.slot, batch.token)
-                if not batch.single:
-                    logps = torch.segment_reduce(logps, "sum", lengths=batch.lengths)
-                delta = differences(logps, batch.reference, batch.lengths, batch.i, batch.j, local)
-                forward.backward((pair_losses(delta, batch.q, local) * share).sum())
-            forward.finish()
-            stack.clip(stack.norms(), local.max_grad_norm)
-            stack.update()
-            total += time.perf_counter() - began
-    return total

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cohort_arms import Run, World, recorded, replay, threads, world
+from cohort_arms import Run, World, threads, world
+from cohort_replay import Calls, recorded, replay
 
 import clients.trainer
 import server.run
@@ -23,7 +24,6 @@ from clients.app import app
 from clients.scores import Scorer
 from fedalign.ledger import Ledger
 from fedalign.runfolder import LEDGER, prepare
-from fedalign.training.cohort_batch import CohortBatch
 from simulations.display import QuietProgress
 from simulations.grid import InProcessGrid
 
@@ -62,13 +62,12 @@ def rounds(each: str, count: int, cores: int) -> dict[str, Any]:
     try:
         _execute(made)  # warm: questions tokenised, pairs drawn, memory taken
         seconds, ledger = _execute(made)
-        steps: list[list[CohortBatch]] = []
-        with recorded(steps):
+        calls: Calls = []
+        with recorded(calls):
             _execute(made)
     finally:
         server.run.build_report = report
-    with threads(cores):
-        alone = min(replay(made, steps, made.config.local) for _ in range(2))
+    alone = min(replay(made, calls, made.config.local, cores) for _ in range(2))
     rest = seconds["total"] - seconds["train_cohort"] - seconds["scores"]
     rest -= ledger.get("aggregate", 0.0)
     return {
