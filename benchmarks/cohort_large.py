@@ -25,7 +25,8 @@ from fedalign.models.base import ResidentModel
 from fedalign.models.layout import pack
 from fedalign.models.layout import size as layout_size
 from fedalign.training.batch import Prompt, output_head
-from fedalign.training.cohort import cohort_size, train_cohort
+from fedalign.training.cohort import train_cohort
+from fedalign.training.cohort_plan import cohort_size
 from fedalign.training.examples import Label, TrainingSet
 from fedalign.training.loop import TrainJob, train
 

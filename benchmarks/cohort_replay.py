@@ -34,13 +34,13 @@ Calls = list[list[Steps]]
 @contextmanager
 def recorded(calls: Calls) -> Iterator[None]:
     """Keep the batches of every call of ``train_cohort``."""
-    names = ("cohort_size", "_train", "in_passes", "collate")
+    names = ("in_cohorts", "_train", "in_passes", "collate")
     before = {name: getattr(cohort, name) for name in names}
     own = threading.local()
 
     def new_call(*given: Any) -> Any:
         calls.append([])
-        return before["cohort_size"](*given)
+        return before["in_cohorts"](*given)
 
     def new_cohort(*given: Any) -> Any:
         own.steps = []

@@ -11,24 +11,18 @@ the same pairs, the same loss functions.
 steps in float32 every entry of B A to 2e-3 of the largest and to 2e-5 on average
 (tests/unit/training/test_cohort.py).  They cannot agree bit for bit, because sums run over other
 shapes: padding, stacked products, merged weights.  The same jobs in the same cohort on one thread
-give the same bits.
+give the same bits, and with merged weights on any number of threads.
 
 *Ragged.*  A client with fewer prompts than ``local.batch-size`` takes smaller batches.  One that
 has taken its steps, or whose loss or gradient is not finite, leaves the cohort; the others go on.
 
-*Size.*  A cohort is at most ``local.cohort-size`` jobs; 0 takes as many as fit ``MEMORY``, at most
-64 on a processor, where more clients gain nothing.  1 trains one after another (``loop.py``).
-
-*Threads.*  Where the layers are our own (``cohort_llama.py``), cohorts are small, and each is
-trained on one thread, several side by side: calls are too short to be worth cutting, and no bit
-depends on the number of threads.  Elsewhere the operations of one cohort are cut by torch.
+*Size and threads.*  ``cohort_plan.py``; a size of 1 trains one after another (``loop.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,26 +31,18 @@ import torch
 from fedalign.config import LocalConfig
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
-from fedalign.models.layout import size as layout_size
-from fedalign.training import cohort_llama
 from fedalign.training.cohort_batch import (
     CohortBatch,
     Question,
     collate,
     in_passes,
 )
-from fedalign.training.cohort_forward import CohortForward, StackedLayers, pass_tokens, token_logps
+from fedalign.training.cohort_forward import CohortForward, pass_tokens, token_logps
+from fedalign.training.cohort_plan import forward_of, in_cohorts
 from fedalign.training.dpo import differences, pair_losses, pair_values
 from fedalign.training.loop import TrainJob, TrainResult, batches, check_job
 from fedalign.training.stack import AdapterStack
 
-MEMORY = 1 << 30
-"""Bytes that the adapters of a cohort may take on a processor: weights, gradients, moments."""
-DEVICE_SHARE = 0.25
-"""Share of a GPU's memory for the same."""
-MOST_ON_CPU = 64
-PARTS = 4
-"""Cohorts of a full 64 clients that are trained side by side."""
 MEANS = ("loss", "margin", "chosen_logp")
 
 
@@ -71,72 +57,14 @@ def train_cohort(
     """
     for job in jobs:
         check_job(job, settings)
-    merged = cohort_llama.supported(resident)
-    size = cohort_size(resident, settings)
-    if merged and not settings.cohort_size:
-        size = side_by_side(size, len(jobs))
     # Similar numbers of steps together: a cohort is as slow as its longest job.
     order = sorted(range(len(jobs)), key=lambda k: -jobs[k].steps)
-    cohorts = [order[start : start + size] for start in range(0, len(order), size)]
 
-    def train_one(chosen: list[int]) -> list[TrainResult]:
+    def work(chosen: list[int]) -> list[TrainResult]:
         return _train(resident, [jobs[k] for k in chosen], settings, seed)
 
-    threads = torch.get_num_threads()
-    if merged and min(threads, len(cohorts)) > 1:
-        made = _on_threads(train_one, cohorts, threads)
-    else:
-        made = [train_one(chosen) for chosen in cohorts]
-    results = {
-        k: result
-        for chosen, found in zip(cohorts, made, strict=True)
-        for k, result in zip(chosen, found, strict=True)
-    }
+    results = in_cohorts(resident, settings, order, work)
     return [results[k] for k in range(len(jobs))]
-
-
-def side_by_side(most: int, jobs: int) -> int:
-    """Return the size of cohorts that are trained side by side, where ``most`` fit in memory.
-
-    Two of them at least, so that two threads have work, but of no less than 4 clients: below that,
-    calls cost more than they compute.  ``PARTS`` fill the memory.  It does not depend on the number
-    of threads, so bits do not.
-    """
-    return min(max(1, most // PARTS), max(4, math.ceil(jobs / 2)))
-
-
-def _on_threads(
-    work: Callable[[list[int]], list[TrainResult]], cohorts: list[list[int]], threads: int
-) -> list[list[TrainResult]]:
-    """Return ``work`` of every cohort, each on one thread of its own."""
-    pool = ThreadPoolExecutor(
-        min(threads, len(cohorts)), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        return list(pool.map(work, cohorts))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # a number set in any thread holds for those that follow
-
-
-def cohort_size(resident: ResidentModel, settings: LocalConfig) -> int:
-    """Return how many clients are trained as one: ``local.cohort-size``, or what fits."""
-    if settings.cohort_size:
-        return settings.cohort_size
-    each = 4 * 5 * layout_size(resident.layout)
-    if resident.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(resident.device).total_memory
-        return max(1, int(DEVICE_SHARE * memory) // each)
-    if cohort_llama.supported(resident):
-        each += 4 * 3 * sum(p.numel() for p in resident.network.model.layers.parameters())
-    return max(1, min(MOST_ON_CPU, MEMORY // each))
-
-
-def forward_of(resident: ResidentModel) -> CohortForward:
-    """Return how this model's cohorts are computed."""
-    if cohort_llama.supported(resident):
-        return cohort_llama.MergedLlama(resident)
-    return StackedLayers(resident)
 
 
 @dataclass

@@ -28,8 +28,8 @@ import torch
 from fedalign.config import Config
 from fedalign.models.base import ResidentModel
 from fedalign.training import policy
-from fedalign.training.cohort import cohort_size, forward_of
 from fedalign.training.cohort_forward import StackedLayers
+from fedalign.training.cohort_plan import cohort_size, forward_of
 from fedalign.training.cohort_policy import Exchange, improve, measure
 from fedalign.training.cohort_sample import Request, sample_each
 from fedalign.training.cohort_texts import CohortTexts

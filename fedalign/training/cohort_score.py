@@ -23,9 +23,9 @@ from fedalign.errors import WireError
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
 from fedalign.training.batch import Prompt
-from fedalign.training.cohort import cohort_size, forward_of
 from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import CohortForward, pass_tokens, token_logps
+from fedalign.training.cohort_plan import forward_of, in_cohorts
 from fedalign.training.dpo import differences
 from fedalign.training.examples import survey_prompt
 from fedalign.training.rows import NO_PAIRS, lay_out
@@ -43,21 +43,19 @@ def logps_of_each(
 
     The k-th result is (completions of ``prompts[k]``,) float64, nats, in order, as
     ``score.logps_of`` gives it with the k-th adapter loaded.  The adapter that is loaded does not
-    change and plays no part.  Cohorts are of ``local.cohort-size``.
+    change and plays no part.  Cohorts: ``cohort_plan.py``.
 
     Raises ``WireError`` (reason ``score_not_finite``) when a log-probability is NaN or infinite,
     and ``ConfigError`` for an architecture that cannot be cut by client.
     """
     if len(adapters) != len(prompts):
         raise ValueError(f"{len(adapters)} adapters for {len(prompts)} lists of prompts.")
-    size = cohort_size(resident, settings)
     # Lists of similar length together: a cohort computes as many rows for each.
     order = sorted(range(len(adapters)), key=lambda k: -len(prompts[k]))
     found: dict[int, Floats] = {k: np.empty(0) for k in order if not prompts[k]}
     order = [k for k in order if prompts[k]]
-    forward = forward_of(resident) if order else None
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+
+    def work(chosen: list[int]) -> list[Floats]:
         stack = AdapterStack(
             [adapters[k] for k in chosen],
             [0.0] * len(chosen),
@@ -65,9 +63,9 @@ def logps_of_each(
             resident.device,
             resident.frozen_a,
         )
-        assert forward is not None
-        made = _cohort(resident, forward, stack, [prompts[k] for k in chosen])
-        found |= dict(zip(chosen, made, strict=True))
+        return _cohort(resident, forward_of(resident), stack, [prompts[k] for k in chosen])
+
+    found |= in_cohorts(resident, settings, order, work)
     return [found[k] for k in range(len(adapters))]
 
 

@@ -19,9 +19,10 @@ from fedalign.config import LocalConfig, ModelConfig
 from fedalign.errors import ConfigError, WireError
 from fedalign.models.base import ResidentModel
 from fedalign.training import cohort_batch, cohort_llama
-from fedalign.training.cohort import cohort_size, forward_of, side_by_side, train_cohort
+from fedalign.training.cohort import train_cohort
 from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import StackedLayers, token_logps
+from fedalign.training.cohort_plan import cohort_size, forward_of, side_by_side
 from fedalign.training.loop import TrainJob, TrainResult, train
 from fedalign.training.rows import lay_out
 from fedalign.training.stack import AdapterStack, stacked_factors
@@ -399,9 +400,9 @@ def test_merging_stands_for_plain_small_llamas_alone(
 def test_size_is_what_was_asked_or_what_fits(plain_llama, monkeypatch) -> None:
     assert cohort_size(plain_llama, replace(SETTINGS, cohort_size=7)) == 7
     assert cohort_size(plain_llama, SETTINGS) == 64
-    monkeypatch.setattr("fedalign.training.cohort.MEMORY", 10_000_000)
+    monkeypatch.setattr("fedalign.training.cohort_plan.MEMORY", 10_000_000)
     assert 1 < cohort_size(plain_llama, SETTINGS) < 64
-    monkeypatch.setattr("fedalign.training.cohort.MEMORY", 1)
+    monkeypatch.setattr("fedalign.training.cohort_plan.MEMORY", 1)
     assert cohort_size(plain_llama, SETTINGS) == 1
 
 

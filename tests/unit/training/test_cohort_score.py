@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedalign.config import LocalConfig, ModelConfig
 from fedalign.data.records import Pair
@@ -81,6 +82,24 @@ def test_merged_weights_passes_and_cohorts(
         settings = replace(SETTINGS, cohort_size=size)
         assert_close(logps_of_each(pocket, adapters, prompts, settings), apart)
     assert logps_of_each(pocket, [], [], SETTINGS) == []
+
+
+@pytest.mark.parametrize("data", ["survey_like", "text_like"])
+def test_no_bit_depends_on_the_threads_of_merged_cohorts(data: str, pocket, tiny) -> None:
+    adapters = adapters_of(pocket, tiny, 9)
+    prompts = [getattr(tiny, data)(1 + k, seed=k).prompts for k in range(9)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(logps_of_each(pocket, adapters, prompts, SETTINGS))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_answers_and_margins(resident, tiny) -> None:
