@@ -20,14 +20,17 @@ from fedalign.errors import WireError
 from fedalign.metrics.alignment import is_defined, pair_accuracy, score_questions
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
-from fedalign.training.cohort_score import score_pairs_each, score_survey_each
+from fedalign.training.cohort_score import (
+    score_pairs_each,
+    score_survey_each,
+    score_survey_loaded,
+)
 from fedalign.training.reference import ReferenceKind, reference_logps
 from fedalign.training.score import (
     Floats,
     SurveyAnswer,
     pair_prompts,
     score_pairs,
-    score_survey,
 )
 
 Answers = Mapping[tuple[str, tuple[str, ...]], SurveyAnswer]
@@ -146,7 +149,7 @@ class Scorer:
             distinct = list(
                 dict.fromkeys((i.question, i.options) for t in everybody for i in self._survey(t))
             )
-            found = score_survey(self.model, distinct)
+            found = score_survey_loaded(self.model, distinct, self.config.local)
             self._answers = dict(zip(distinct, found, strict=True))
             self._answered = asked
         scores = self._letter_scores([(t, self._survey(t), self._answers) for t in tasks])

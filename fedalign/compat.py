@@ -1,4 +1,4 @@
-"""Every private import of Flower, in one place (checked with flwr 1.41).
+"""Every private import of Flower, in one place (checked with flwr 1.41 and 1.42).
 
 Flower's public modules (``flwr.app``, ``flwr.clientapp``, ``flwr.serverapp``) are imported where
 they are used.  What is here may move in any release: this is the file to look at when it does.

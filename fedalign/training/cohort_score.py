@@ -22,6 +22,7 @@ from fedalign.data.records import Pair
 from fedalign.errors import WireError
 from fedalign.models.base import ResidentModel
 from fedalign.models.layout import Array
+from fedalign.training import cohort_llama
 from fedalign.training.batch import Prompt
 from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import CohortForward, pass_tokens, token_logps
@@ -29,7 +30,7 @@ from fedalign.training.cohort_plan import forward_of, in_cohorts
 from fedalign.training.dpo import differences
 from fedalign.training.examples import survey_prompt
 from fedalign.training.rows import NO_PAIRS, lay_out
-from fedalign.training.score import Floats, SurveyAnswer, pair_prompts
+from fedalign.training.score import Floats, SurveyAnswer, pair_prompts, score_survey
 from fedalign.training.stack import AdapterStack
 
 
@@ -88,6 +89,21 @@ def score_survey_each(
         cuts = np.cumsum([len(p.completions) for p in known])[:-1]
         found = dict(zip(known, map(_answer, np.split(logps, cuts)), strict=True)) if known else {}
         answers.append([found[p] for p in own])
+    return answers
+
+
+def score_survey_loaded(
+    resident: ResidentModel, items: Sequence[tuple[str, Sequence[str]]], settings: LocalConfig
+) -> list[SurveyAnswer]:
+    """Return the answers of the adapter that is loaded, as ``score.score_survey`` does.
+
+    Where the model has merged weights (``cohort_llama.py``), through them: less than half the time,
+    and equal up to rounding.  Margins of pairs are not computed so: their *sign* counts, and those
+    of the base against itself must be exactly 0.
+    """
+    if not cohort_llama.supported(resident):
+        return score_survey(resident, items)
+    (answers,) = score_survey_each(resident, [resident.read()], [items], settings)
     return answers
 
 

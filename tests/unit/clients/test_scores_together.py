@@ -37,13 +37,13 @@ def trainer() -> ResidentTrainer:
 def passes(monkeypatch) -> list[int]:
     """Return how many questions each call of the model scored."""
     seen: list[int] = []
-    real = clients.scores.score_survey
+    real = clients.scores.score_survey_loaded
 
-    def counted(model, items):
+    def counted(model, items, local):
         seen.append(len(items))
-        return real(model, items)
+        return real(model, items, local)
 
-    monkeypatch.setattr(clients.scores, "score_survey", counted)
+    monkeypatch.setattr(clients.scores, "score_survey_loaded", counted)
     return seen
 
 

@@ -18,7 +18,12 @@ from fedalign.data.records import Pair
 from fedalign.errors import WireError
 from fedalign.models.base import ResidentModel
 from fedalign.training import cohort_forward, cohort_llama
-from fedalign.training.cohort_score import logps_of_each, score_pairs_each, score_survey_each
+from fedalign.training.cohort_score import (
+    logps_of_each,
+    score_pairs_each,
+    score_survey_each,
+    score_survey_loaded,
+)
 from fedalign.training.score import logps_of, score_pairs, score_survey
 
 SETTINGS = LocalConfig()
@@ -127,6 +132,20 @@ def test_answers_and_margins(resident, tiny) -> None:
             continue
         assert_close([margins[k]], [score_pairs(resident, pairs[k], settings, references[k])])
         assert_close([plain[k]], [score_pairs(resident, pairs[k], SETTINGS, None)])
+
+
+def test_the_loaded_adapter_through_merged_weights(pocket, resident, tiny) -> None:
+    items = [(f"Should the town build bridge {k}?", ("yes", "no", "pass")) for k in range(5)]
+    items.append(items[1])
+    for model, exact in ((pocket, False), (resident, True)):
+        assert cohort_llama.supported(model) is not exact
+        model.load(tiny.start(model, seed=3, b=0.1))
+        expected = score_survey(model, items)
+        for found, other in zip(score_survey_loaded(model, items, SETTINGS), expected, strict=True):
+            np.testing.assert_allclose(
+                found.probabilities, other.probabilities, atol=0.0 if exact else 1e-5, rtol=0
+            )
+            assert found.option_mass == pytest.approx(other.option_mass, abs=1e-5)
 
 
 def test_numbers_that_are_not_finite_are_an_error_as_with_one(pocket, tiny) -> None:
