@@ -30,7 +30,7 @@ import torch
 
 from fedalign.config import LocalConfig
 from fedalign.models.base import ResidentModel
-from fedalign.models.layout import Array
+from fedalign.models.layout import Array, check_flat
 from fedalign.training.cohort_batch import (
     CohortBatch,
     Question,
@@ -57,6 +57,7 @@ def train_cohort(
     """
     for job in jobs:
         check_job(job, settings)
+        check_flat(job.adapter, resident.layout)
     # Similar numbers of steps together: a cohort is as slow as its longest job.
     order = sorted(range(len(jobs)), key=lambda k: -jobs[k].steps)
 
@@ -94,6 +95,11 @@ class _Client:
             )
             for k in chosen
         ]
+
+    def tokens(self, chosen: Sequence[int]) -> int:
+        """Return the tokens of the distinct rows of a step, as the plain loop computes them."""
+        rows = (n for k in set(chosen) for n in self.job.data.rows[k].nodes)
+        return sum({int(n[-1]): len(n) for n in rows}.values())
 
     def result(self, frozen: np.ndarray) -> TrainResult:
         """Return what came of the job."""
@@ -175,7 +181,7 @@ def _step(
         if totals["decided"][row]:
             values["accuracy"] = float(totals["right"][row] / totals["decided"][row])
         values["grad_norm"] = norm = float(measured[row])
-        values["tokens"] = float(sum(client.job.data.rows[k].tokens for k in set(chosen[row])))
+        values["tokens"] = float(client.tokens(chosen[row]))
         if not math.isfinite(values["loss"]) or not math.isfinite(norm):
             client.failure = "gradient" if math.isfinite(values["loss"]) else "loss"
             continue

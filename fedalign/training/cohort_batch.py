@@ -113,8 +113,10 @@ def collate(part: Sequence[Sequence[Question]], device: torch.device) -> CohortB
             nodes[row + k, : len(ids)] = own
             row_lengths[row + k] = len(ids)
     most = int(np.add.reduceat(asked, begins[sizes > 0]).max())
-    # A client with fewer positions than others asks its first row's first token to fill up.
-    positions = np.repeat(np.arange(len(part)) * per_client * width, most)
+    # A client with fewer positions than others fills up with first tokens, the k-th of its k-th
+    # row, so that one position a row stays one a row.
+    own_rows = np.minimum(np.arange(most), per_client - 1)
+    positions = ((np.arange(len(part)) * per_client)[:, None] + own_rows).reshape(-1) * width
     filled = np.repeat(client * most + place, asked) + _within(asked)
     rows = np.repeat(first_row, asked) + np.concatenate([x.row for x in every])
     positions[filled] = rows * width + np.concatenate([x.column for x in every])

@@ -27,6 +27,7 @@ import torch
 
 from fedalign.errors import ConfigError
 from fedalign.models.base import ResidentModel
+from fedalign.training import cohort_llama
 from fedalign.training.batch import HEAD_VALUES, ROW_TOKENS, logits_of, output_head
 from fedalign.training.cohort_batch import PASS_TOKENS, CohortBatch
 from fedalign.training.stack import AdapterStack
@@ -109,7 +110,8 @@ def pass_tokens(resident: ResidentModel, dense: float) -> int:
     """
     most = PASS_TOKENS if resident.device.type == "cpu" else ROW_TOKENS
     vocabulary = output_head(resident.network).weight.shape[0]
-    return min(most, max(1, int(HEAD_VALUES / (vocabulary * dense))))
+    at_once = cohort_llama.MOST_THREADS if cohort_llama.supported(resident) else 1
+    return min(most, max(1, int(HEAD_VALUES / (at_once * vocabulary * dense))))
 
 
 def adapted_layers(resident: ResidentModel) -> dict[str, Any]:

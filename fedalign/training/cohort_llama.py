@@ -41,6 +41,10 @@ MOST_WEIGHTS = 2_000_000
 """Weights of the decoder layers up to which every client gets a copy (8 MB in float32)."""
 
 
+MOST_THREADS = 8
+"""Cohorts that are computed at once, each on a thread (``cohort_plan.py``)."""
+
+
 def supported(resident: ResidentModel) -> bool:
     """Return whether the model is a plain Llama in float32 on a CPU that is small enough."""
     from transformers import LlamaForCausalLM

@@ -4,17 +4,17 @@
 most 64 on a processor, where more gain nothing.
 
 *Threads.*  Where the layers are our own (``cohort_llama.py``) cohorts are small, each is computed
-on one thread, and several stand side by side: calls are too short to be worth cutting, and no bit
-depends on the number of threads.  Elsewhere torch cuts the operations of one cohort, and cohorts
-follow each other; other models' layers are changed in place while a cohort runs
-(``cohort_forward.py``), so two at a time would meet each other's clients.
+on one thread, and up to ``MOST_THREADS`` of them stand side by side: calls are too short to be
+worth cutting, and no bit depends on the number of threads.  Elsewhere torch cuts the operations of
+one cohort, and cohorts follow each other; other models' layers are changed in place while a cohort
+runs (``cohort_forward.py``), so two at a time would meet each other's clients.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -24,16 +24,16 @@ from fedalign.models.base import ResidentModel
 from fedalign.models.layout import size as layout_size
 from fedalign.training import cohort_llama
 from fedalign.training.cohort_forward import CohortForward, StackedLayers
+from fedalign.training.cohort_llama import MOST_THREADS
 
 MEMORY = 1 << 30
 """Bytes that the adapters of cohorts may take on a processor: weights, gradients, moments."""
 DEVICE_SHARE = 0.25
 """Share of a GPU's memory for the same."""
 MOST_ON_CPU = 64
-PARTS = 4
-"""Cohorts side by side for which that memory is meant."""
-LEAST = 4
-"""Clients of a cohort below which calls cost more than they compute."""
+LARGEST, LEAST = 16, 4
+"""Clients of a cohort that stands beside others: more gain nothing, and with fewer calls cost more
+than they compute."""
 
 Result = TypeVar("Result")
 
@@ -42,13 +42,19 @@ def cohort_size(resident: ResidentModel, settings: LocalConfig) -> int:
     """Return how many clients are computed as one: ``local.cohort-size``, or what fits."""
     if settings.cohort_size:
         return settings.cohort_size
-    each = 4 * 5 * layout_size(resident.layout)
+    each = _bytes(resident)
     if resident.device.type == "cuda":
         memory = torch.cuda.get_device_properties(resident.device).total_memory
         return max(1, int(DEVICE_SHARE * memory) // each)
-    if cohort_llama.supported(resident):
-        each += 4 * 3 * sum(p.numel() for p in resident.network.model.layers.parameters())
     return max(1, min(MOST_ON_CPU, MEMORY // each))
+
+
+def _bytes(resident: ResidentModel) -> int:
+    """Return what a client takes: adapter, gradient, moments, merged weights and their gradient."""
+    values = 5 * layout_size(resident.layout)
+    if cohort_llama.supported(resident):
+        values += 3 * sum(p.numel() for p in resident.network.model.layers.parameters())
+    return 4 * values
 
 
 def forward_of(resident: ResidentModel) -> CohortForward:
@@ -58,13 +64,15 @@ def forward_of(resident: ResidentModel) -> CohortForward:
     return StackedLayers(resident)
 
 
-def side_by_side(most: int, clients: int) -> int:
-    """Return the size of cohorts that are computed side by side, where ``most`` fit in memory.
+def side_by_side(resident: ResidentModel, clients: int) -> int:
+    """Return the size of cohorts with merged weights that are computed side by side.
 
-    Two cohorts at least, so that two threads have work, but of no less than ``LEAST`` clients.  The
-    number of threads plays no part, so that bits do not depend on it.
+    Two cohorts at least, so that two threads have work, but of no less than ``LEAST`` clients; so
+    many that ``MOST_THREADS`` cohorts fit ``MEMORY``.  The number of threads plays no part, so that
+    bits do not depend on it.
     """
-    return min(max(1, most // PARTS), max(LEAST, math.ceil(clients / 2)))
+    fit = max(1, MEMORY // (MOST_THREADS * _bytes(resident)))
+    return min(LARGEST, fit, max(LEAST, math.ceil(clients / 2)))
 
 
 def in_cohorts(
@@ -75,17 +83,19 @@ def in_cohorts(
 ) -> dict[int, Result]:
     """Cut ``order`` into cohorts, call ``work`` on each, and return its results by index.
 
+    An error in one cohort ends the others as soon as they have run, and is raised.
+
     ``work`` gets indices and returns one result for each; it may be called on several threads at
     once, up to torch's own number, where :func:`forward_of` is a ``MergedLlama``.
     """
     merged = cohort_llama.supported(resident)
-    size = cohort_size(resident, settings)
     if merged and not settings.cohort_size:
-        size = side_by_side(size, len(order))
+        size = side_by_side(resident, len(order))
+    else:
+        size = cohort_size(resident, settings)
     cohorts = [list(order[start : start + size]) for start in range(0, len(order), size)]
-    threads = torch.get_num_threads() if merged else 1
-    if min(threads, len(cohorts)) > 1:
-        made = _on_threads(work, cohorts, threads)
+    if merged and torch.get_num_threads() > 1:
+        made = _on_threads(work, cohorts, torch.get_num_threads())
     else:
         made = [work(cohort) for cohort in cohorts]
     return {
@@ -98,11 +108,17 @@ def in_cohorts(
 def _on_threads(
     work: Callable[[list[int]], Sequence[Result]], cohorts: Sequence[list[int]], threads: int
 ) -> list[Sequence[Result]]:
+    """Also a single cohort is computed on a thread of its own, which torch does not cut."""
     pool = ThreadPoolExecutor(
-        min(threads, len(cohorts)), initializer=torch.set_num_threads, initargs=(1,)
+        min(threads, MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
-        return list(pool.map(work, cohorts))
+        made = [pool.submit(work, cohort) for cohort in cohorts]
+        wait(made, return_when=FIRST_EXCEPTION)
+        return [one.result() for one in made if one.done()]
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # a number set in any thread holds for those that follow
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            # A number that is set in any thread holds for the threads that follow.
+            torch.set_num_threads(threads)

@@ -256,9 +256,13 @@ def normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def normed_backward(gradient: Tensor, out: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of what was normed; ``gradient`` is written over."""
+    """Return the gradient of what was normed; ``gradient`` is written over.
+
+    NaN where the sum of squares was beyond float32: there ``out`` and ``inverse`` are 0, and a
+    gradient of 0 would pass for a client that has nothing left to learn.
+    """
     along = torch.linalg.vecdot(gradient, out).unsqueeze(-1).div_(-out.shape[-1])
-    return gradient.addcmul_(out, along).mul_(inverse)
+    return gradient.addcmul_(out, along).mul_(inverse / inverse * inverse)
 
 
 def softmax_backward(d_p: Tensor, p: Tensor, d_read: Tensor, read: Tensor) -> Tensor:

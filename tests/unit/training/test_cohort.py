@@ -7,6 +7,9 @@ units of its largest entry: every entry within 2e-3, and 2e-5 on average.
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +25,10 @@ from fedalign.training import cohort_batch, cohort_llama
 from fedalign.training.cohort import train_cohort
 from fedalign.training.cohort_batch import Question, collate, in_passes
 from fedalign.training.cohort_forward import StackedLayers, token_logps
-from fedalign.training.cohort_plan import cohort_size, forward_of, side_by_side
+from fedalign.training.cohort_plan import cohort_size, forward_of, in_cohorts, side_by_side
+from fedalign.training.examples import TrainingSet
 from fedalign.training.loop import TrainJob, TrainResult, train
-from fedalign.training.rows import lay_out
+from fedalign.training.rows import NO_PAIRS, lay_out
 from fedalign.training.stack import AdapterStack, stacked_factors
 
 SETTINGS = LocalConfig(batch_size=4)
@@ -38,10 +42,15 @@ def plain_llama(tiny, tmp_path_factory: pytest.TempPathFactory) -> ResidentModel
     base = tiny.config("llama", len(tokenizer)).to_dict() | {
         "num_key_value_heads": 4,
         "num_hidden_layers": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(LlamaConfig(**base)).save_pretrained(folder)
+        network = AutoModelForCausalLM.from_config(LlamaConfig(**base))
+        for name, parameter in network.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model(folder)
 
@@ -248,18 +257,29 @@ def test_same_cohort_same_bytes_and_every_size_gives_the_same_in_order(resident,
         assert_same(resident, found, once)
 
 
-def test_no_bit_depends_on_the_threads_of_merged_cohorts(plain_llama, tiny) -> None:
-    jobs = jobs_of(plain_llama, tiny, 11)
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("count", [4, 11])
+def test_no_bit_depends_on_the_threads_of_merged_cohorts(count: int, plain_llama, tiny) -> None:
+    """Large enough that torch would cut it, in one cohort and in several."""
+    settings = replace(SETTINGS, batch_size=32)
+    jobs = [
+        replace(j, data=tiny.text_like(40, seed=k))
+        for k, j in enumerate(jobs_of(plain_llama, tiny, count, steps=3))
+    ]
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(train_cohort(plain_llama, jobs, SETTINGS, 0))
-            assert torch.get_num_threads() == threads
+            found.append(train_cohort(plain_llama, jobs, settings, 0))
+            assert threads_of_a_new_thread() == threads
     finally:
         torch.set_num_threads(before)
-    assert_same(plain_llama, found[0], train(plain_llama, jobs, SETTINGS, 0))
+    assert_same(plain_llama, found[0], train(plain_llama, jobs, settings, 0))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert a.adapter.tobytes() == b.adapter.tobytes()
@@ -276,15 +296,65 @@ def test_an_error_on_a_thread_ends_the_work_and_leaves_threads_as_they_were(
     try:
         with pytest.raises(ZeroDivisionError):
             train_cohort(plain_llama, jobs, SETTINGS, 0)
-        assert torch.get_num_threads() == 2
+        assert threads_of_a_new_thread() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def test_cohorts_side_by_side_are_at_least_two_of_at_least_four() -> None:
+def test_cohorts_side_by_side_are_at_least_two_of_at_least_four(plain_llama, monkeypatch) -> None:
     given = {1: 4, 8: 4, 9: 5, 16: 8, 32: 16, 64: 16, 1000: 16}
-    assert {jobs: side_by_side(64, jobs) for jobs in given} == given
-    assert side_by_side(6, 1000) == 1  # what fits in memory fits for all of them
+    assert {jobs: side_by_side(plain_llama, jobs) for jobs in given} == given
+    monkeypatch.setattr("fedalign.training.cohort_plan.MEMORY", 10_000_000)
+    assert 1 <= side_by_side(plain_llama, 1000) < 16
+    running, most, lock = [0], [0], threading.Lock()
+
+    def work(chosen: list[int]) -> list[int]:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        with lock:
+            running[0] -= 1
+        return chosen
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(32)
+    try:
+        found = in_cohorts(plain_llama, SETTINGS, range(100), work)
+    finally:
+        torch.set_num_threads(before)
+    assert found == {k: k for k in range(100)}
+    assert 1 < most[0] <= 8
+
+
+def test_activations_beyond_float32_are_a_recorded_failure(plain_llama, tiny) -> None:
+    """Their norm is 0, and so would their gradient be: a client that looks as if it were done."""
+    jobs = jobs_of(plain_llama, tiny, 3)
+    far = tiny.start(plain_llama, seed=1, b=0.05) * np.float32(1e5)
+    jobs[1] = replace(jobs[1], adapter=far)
+    together = train_cohort(plain_llama, jobs, SETTINGS, 0)
+    assert together[1].failure == "gradient_not_finite"
+    others = [0, 2]
+    apart = train(plain_llama, [jobs[k] for k in others], SETTINGS, 0)
+    assert_same(plain_llama, [together[k] for k in others], apart)
+
+
+def test_tokens_are_those_of_distinct_rows(plain_llama, tiny) -> None:
+    one = tiny.survey_like(2, seed=0)
+    twice = TrainingSet(one.prompts * 2, one.labels * 2)
+    jobs = [replace(j, data=twice) for j in jobs_of(plain_llama, tiny, 2)]
+    together = train_cohort(plain_llama, jobs, SETTINGS, 0)
+    apart = train(plain_llama, jobs, SETTINGS, 0)
+    assert [r.metrics["tokens"] for r in together] == [r.metrics["tokens"] for r in apart]
+
+
+def test_one_position_a_row_stays_so_where_clients_have_fewer_rows(tiny) -> None:
+    laid = [lay_out(tiny.survey_like(n, seed=n).prompts) for n in (4, 1, 3)]
+    batch = collate(
+        [[Question(c, rows, NO_PAIRS, None) for rows in own] for c, own in enumerate(laid)],
+        torch.device("cpu"),
+    )
+    assert (batch.positions // batch.rows.shape[1]).tolist() == list(range(12))
 
 
 def test_jobs_that_cannot_run_are_refused_before_anything_is_done(resident, tiny) -> None:
@@ -296,6 +366,13 @@ def test_jobs_that_cannot_run_are_refused_before_anything_is_done(resident, tiny
             SETTINGS,
             0,
         )
+    for reason, adapter in (
+        ("adapter_size", jobs[1].adapter[:-1]),
+        ("adapter_dtype", jobs[1].adapter.astype(np.float64)),
+        ("adapter_not_finite", np.full_like(jobs[1].adapter, np.nan)),
+    ):
+        with pytest.raises(WireError, match=reason):
+            train_cohort(resident, [jobs[0], replace(jobs[1], adapter=adapter)], SETTINGS, 0)
     assert train_cohort(resident, [], SETTINGS, 0) == []
 
 

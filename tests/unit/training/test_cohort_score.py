@@ -99,7 +99,6 @@ def test_no_bit_depends_on_the_threads_of_merged_cohorts(data: str, pocket, tiny
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(logps_of_each(pocket, adapters, prompts, SETTINGS))
-            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
