@@ -83,10 +83,9 @@ def in_cohorts(
 ) -> dict[int, Result]:
     """Cut ``order`` into cohorts, call ``work`` on each, and return its results by index.
 
-    An error in one cohort ends the others as soon as they have run, and is raised.
-
-    ``work`` gets indices and returns one result for each; it may be called on several threads at
-    once, up to torch's own number, where :func:`forward_of` is a ``MergedLlama``.
+    ``work`` gets indices and returns one result for each.  Where :func:`forward_of` is a
+    ``MergedLlama`` it is called on several threads at once: as many as torch has, at most
+    ``MOST_THREADS``.  An error is raised when the cohorts under way have ended; no other begins.
     """
     merged = cohort_llama.supported(resident)
     if merged and not settings.cohort_size:

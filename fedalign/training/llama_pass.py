@@ -18,13 +18,12 @@ there, so none comes out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+from fedalign.training.rows import Ints
 
 BUCKET_ROWS = 16
 """Least rows of a bucket: fewer, and calls cost more than the padding they save."""
